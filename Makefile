@@ -1,0 +1,27 @@
+.PHONY: demo test test-all check
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "moe-accel needs python >= 3.11"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,examples]'
+	touch $@
+
+demo: $(STAMP)   ## the main job on a small MoE: 2 processes, experts spread over both, about 3 minutes on 2 cores
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)   ## what CI runs
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)   ## with the big matrices
+	$(BIN)/python -m pytest -m 'not gpu'
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright

@@ -1,0 +1,5 @@
+"""PyTorch's autoload entry point (group `torch.backends`)."""
+
+
+def autoload() -> None:
+    """Do nothing yet."""

@@ -1,0 +1,132 @@
+"""The `moe_config` section: its keys, their values, and every rule that needs no torch to check.
+
+`MoEConfig`, the object accelerate carries, is in `parallelism.py`; it needs accelerate and so torch. This file is what
+the launcher, the autoload and the CLI use.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from moe_accel.errors import ConfigError
+
+ENV_VAR = "MOE_ACCEL_CONFIG"
+"""Environment variable that carries the section to the workers: JSON, or the path of a yaml or JSON file."""
+
+SECTION = "moe_config"
+DISPATCHERS = ("auto", "alltoall", "deepep")
+KERNELS = ("auto", "reference", "fused", "te")
+
+
+@dataclass(frozen=True)
+class MoEOptions:
+    """The options of `moe_config`.
+
+    Attributes:
+        ep_size: ranks that share one set of experts; divides both the number of experts and the data-parallel ranks.
+        dispatcher: transport of tokens to experts: `auto`, `alltoall` or `deepep`. Unused at ep_size 1.
+        kernels: how a rank computes its experts: `auto`, `reference` (a slow, true loop), `fused` or `te`.
+        dp_replicate_size: HSDP replicas; None leaves it to accelerate's own `parallelism_config` section.
+    """
+
+    ep_size: int = 1
+    dispatcher: str = "auto"
+    kernels: str = "auto"
+    dp_replicate_size: int | None = None
+
+    def problems(self) -> list[str]:
+        """Every rule broken by the values alone, as sentences; empty when there is none."""
+        found = []
+        for name in ("ep_size", "dp_replicate_size"):
+            value = getattr(self, name)
+            if value is None and name == "dp_replicate_size":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                found.append(f"{name}={value!r} must be a whole number")
+            elif value < 1:
+                found.append(f"{name}={value} must be at least 1")
+        for name, allowed in (("dispatcher", DISPATCHERS), ("kernels", KERNELS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                found.append(f"{name}={value!r} must be one of {', '.join(allowed)}{_did_you_mean(value, allowed)}")
+        return found
+
+    def to_json(self) -> str:
+        """The options as the one-line JSON that `MOE_ACCEL_CONFIG` holds."""
+        return json.dumps(asdict(self))
+
+
+OPTION_NAMES = tuple(field.name for field in fields(MoEOptions))
+
+
+def parse_section(section: Any, where: str = SECTION) -> MoEOptions:
+    """Turn a `moe_config` mapping into options.
+
+    Raises:
+        ConfigError: with every unknown key (and the key probably meant) and every bad value at once.
+    """
+    if section is None:
+        section = {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            f"{where} must be a section of key: value lines, not {type(section).__name__} {section!r}",
+            f"for example\n{SECTION}:\n  ep_size: 8",
+        )
+    unknown = [key for key in section if key not in OPTION_NAMES]
+    problems = [f"unknown key {key!r}{_did_you_mean(str(key), OPTION_NAMES)}" for key in unknown]
+    options = MoEOptions(**{key: value for key, value in section.items() if key in OPTION_NAMES})
+    problems += options.problems()
+    if problems:
+        raise ConfigError.collect(problems, where, f"the keys are {', '.join(OPTION_NAMES)}")
+    return options
+
+
+def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a yaml or JSON config file into a dict.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or not a mapping.
+    """
+    import yaml
+
+    file = Path(path)
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {file}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid yaml or JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{file} must hold a mapping of sections, not {type(loaded).__name__}")
+    return loaded
+
+
+def parse_env(value: str) -> MoEOptions:
+    """Parse the value of `MOE_ACCEL_CONFIG`: the section as JSON, or the path of a file that holds it.
+
+    A file may be a whole accelerate config with a `moe_config` section, or the section alone.
+
+    Raises:
+        ConfigError: neither valid JSON nor a readable file, or the section is wrong.
+    """
+    text = value.strip()
+    if text.startswith("{"):
+        try:
+            return parse_section(json.loads(text), ENV_VAR)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{ENV_VAR} is not valid JSON: {error}") from error
+    loaded = read_config_file(text)
+    if SECTION in loaded:
+        return parse_section(loaded[SECTION], f"{text}: {SECTION}")
+    if not any(key in OPTION_NAMES for key in loaded):
+        raise ConfigError(f"{text} has no {SECTION} section", f"add\n{SECTION}:\n  ep_size: 8")
+    return parse_section(loaded, text)
+
+
+def _did_you_mean(word: Any, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
