@@ -7,7 +7,7 @@ the launcher, the autoload and the CLI use.
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,39 @@ def parse_section(section: Any, where: str = SECTION) -> MoEOptions:
     return options
 
 
+def check_launch(options: MoEOptions, config: Mapping[str, Any], where: str, arguments: Sequence[str] = ()) -> None:
+    """Check an accelerate config against the options that stand in it.
+
+    A setting that `arguments` (the command line) may override is left for the training processes to check.
+
+    Raises:
+        ConfigError: with everything in `config` that makes `options` impossible, and the lines to write instead.
+    """
+    if options.ep_size == 1:
+        return
+    given = {name.split("=")[0].lstrip("-").replace("-", "_") for name in arguments if name.startswith("--")}
+    problems, remedies = [], []
+    distributed = config.get("distributed_type")
+    distributed = getattr(distributed, "value", distributed)
+    if distributed != "FSDP" and not given & {"use_fsdp", "use_deepspeed", "use_megatron_lm", "cpu"}:
+        problems.append(f"ep_size={options.ep_size} needs distributed_type FSDP, not {distributed}")
+        remedies.append("distributed_type: FSDP")
+    fsdp = config.get("fsdp_config")
+    fsdp = fsdp if isinstance(fsdp, Mapping) else {}
+    version = fsdp.get("fsdp_version", fsdp.get("version"))
+    if str(version) != "2" and "fsdp_version" not in given:
+        shown = "1, accelerate's default" if version is None else version
+        problems.append(f"ep_size={options.ep_size} needs FSDP version 2, not {shown}")
+        remedies.append("fsdp_config: {fsdp_version: 2}")
+    ranks = config.get("num_processes")
+    if isinstance(ranks, int) and ranks > 0 and ranks % options.ep_size and "num_processes" not in given:
+        fitting = [size for size in range(1, ranks + 1) if ranks % size == 0]
+        problems.append(f"ep_size={options.ep_size} must divide num_processes={ranks}")
+        remedies.append(f"ep_size: {max(size for size in fitting if size < options.ep_size)}  # any of {fitting}")
+    if problems:
+        raise ConfigError.collect(problems, where, "\n".join(["in the config file write", *remedies]))
+
+
 def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
     """Read a yaml or JSON config file into a dict.
 
@@ -105,6 +138,11 @@ def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
     return loaded
 
 
+def is_path(value: str) -> bool:
+    """Whether a value of `MOE_ACCEL_CONFIG` names a file, rather than being JSON or empty."""
+    return bool(value.strip()) and not value.strip().startswith("{")
+
+
 def parse_env(value: str) -> MoEOptions:
     """Parse the value of `MOE_ACCEL_CONFIG`: the section as JSON, or the path of a file that holds it.
 
@@ -114,7 +152,7 @@ def parse_env(value: str) -> MoEOptions:
         ConfigError: neither valid JSON nor a readable file, or the section is wrong.
     """
     text = value.strip()
-    if text.startswith("{"):
+    if not is_path(text):
         try:
             return parse_section(json.loads(text), ENV_VAR)
         except json.JSONDecodeError as error:
