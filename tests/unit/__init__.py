@@ -1,0 +1,1 @@
+"""Tests of one process, on the CPU."""
