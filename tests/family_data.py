@@ -272,6 +272,8 @@ FAMILIES: dict[str, Family] = {
         dropout=0.0,
         attention_dropout=0.0,
         moe_token_dropout=0.0,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
         pad_token_id=1,
     ),
     "step3p7": _family("Step3p7TextModel", pad_token_id=1, share_expert_dim=24),
