@@ -1,0 +1,240 @@
+"""Where accelerate and transformers are extended, so that their own calls save and resume a mixture of experts.
+
+    accelerator.save_model(model, folder)     hub layout                                  save.py
+    model.save_pretrained(folder)             refused on a sharded model without weights  save.py
+    accelerator.load_state(folder)            a damaged folder is found first             here
+    Trainer: resume, load_best_model          the experts too; a damaged folder first     load.py, here
+    Trainer.save_model, SHARDED_STATE_DICT    hub layout instead of nothing               here
+
+`save_state`, and `load_state` of a whole folder, are accelerate's own: the experts are DTensors under the model's
+names, which torch.distributed.checkpoint reads at any `ep_size`. The extensions act for accelerators that they were
+installed on, and leave all others alone.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import StateDictType
+from transformers import PreTrainedModel
+
+from moe_accel.checkpoint.files import INDEX_FILES, RESUME_HINT, SINGLE_FILES, check_sharded, open_file, shorten
+from moe_accel.checkpoint.load import default_conversions, load_hub_checkpoint
+from moe_accel.checkpoint.save import full_state_dict_type, guard_save_pretrained, save_hub
+from moe_accel.errors import CheckpointError
+from moe_accel.hooks import when_defined, wrap
+
+_installed: WeakSet[Accelerator] = WeakSet()
+
+
+def install(accelerator: Accelerator) -> None:
+    """Make saving and resuming through `accelerator`, and through a Trainer that holds it, complete and checked."""
+    _installed.add(accelerator)
+    wrap(Accelerator, "save_model", _save_model)
+    wrap(Accelerator, "load_state", _load_state)
+    wrap(PreTrainedModel, "save_pretrained", guard_save_pretrained)
+    when_defined("transformers.trainer", "Trainer", _install_on_trainer)
+
+
+def install_on_model(accelerator: Accelerator, model: nn.Module) -> None:
+    """Remember the hub layout of a model before its class is replaced by `fully_shard`; call it at prepare().
+
+    `from_pretrained` leaves it on the model. A model built from a config has to be looked up by its class later, which
+    fails for the class that `fully_shard` makes: nemotron_h and deepseek_v4 would be saved under wrong names.
+    """
+    if isinstance(model, PreTrainedModel) and getattr(model, "_weight_conversions", None) is None:
+        model.__dict__["_weight_conversions"] = default_conversions(model)
+
+
+def _install_on_trainer(trainer: type) -> None:
+    wrap(trainer, "_load_from_checkpoint", _load_from_checkpoint)
+    wrap(trainer, "_load_best_model", _load_best_model)
+    wrap(trainer, "save_model", _trainer_save_model)
+
+
+def _save_model(original: Callable) -> Callable:
+    """Around `Accelerator.save_model`."""
+
+    @functools.wraps(original)
+    def save_model(
+        self: Accelerator,
+        model: nn.Module,
+        save_directory: Any,
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        if self not in _installed or not _is_transformers_model(self, model):
+            return original(self, model, save_directory, max_shard_size, safe_serialization)
+        if not safe_serialization:
+            raise CheckpointError(
+                "accelerator.save_model(safe_serialization=False): the hub layout is written as safetensors only",
+                "leave safe_serialization out",
+            )
+        save_hub(self, model, save_directory, max_shard_size)
+
+    return save_model
+
+
+def _load_state(original: Callable) -> Callable:
+    """Around `Accelerator.load_state`."""
+
+    @functools.wraps(original)
+    def load_state(self: Accelerator, input_dir: Any = None, *args: Any, **kwargs: Any) -> Any:
+        folder = _latest_state(self) if input_dir is None else Path(input_dir).expanduser()
+        if self in _installed and folder is not None and folder.is_dir():
+            check_state(self, folder, self._models, len(self._optimizers))
+        return original(self, input_dir, *args, **kwargs)
+
+    return load_state
+
+
+def _load_from_checkpoint(original: Callable) -> Callable:
+    """Around `Trainer._load_from_checkpoint`."""
+
+    @functools.wraps(original)
+    def load_from_checkpoint(self: Any, resume_from_checkpoint: Any, model: nn.Module | None = None) -> None:
+        if not _load_into(self, self.model if model is None else model, Path(resume_from_checkpoint)):
+            original(self, resume_from_checkpoint, model)
+
+    return load_from_checkpoint
+
+
+def _load_best_model(original: Callable) -> Callable:
+    """Around `Trainer._load_best_model`."""
+
+    @functools.wraps(original)
+    def load_best_model(self: Any) -> None:
+        if not _load_into(self, self.model, Path(self.state.best_model_checkpoint)):
+            original(self)
+
+    return load_best_model
+
+
+def _load_into(trainer: Any, model: nn.Module, folder: Path) -> bool:
+    """Load the model of a Trainer checkpoint, where the Trainer itself would lose experts.
+
+    Returns:
+        False where the Trainer's own loading is right: under FSDP2 (after a check of the files), for adapters, and
+        for folders that hold no model, which it refuses.
+    """
+    accelerator = trainer.accelerator
+    if accelerator not in _installed or not folder.is_dir():
+        return False
+    if trainer.is_fsdp_enabled and _has_fsdp_model(folder):
+        check_state(accelerator, folder, [model], num_optimizers=0)
+        return False
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    adapted = not isinstance(unwrapped, PreTrainedModel) or getattr(unwrapped, "_hf_peft_config_loaded", False)
+    if adapted or trainer.is_deepspeed_enabled or _has_fsdp_model(folder):
+        return False
+    if not any((folder / name).is_file() for name in SINGLE_FILES + INDEX_FILES):
+        return False
+    load_hub_checkpoint(unwrapped, folder)
+    return True
+
+
+def _trainer_save_model(original: Callable) -> Callable:
+    """Around `Trainer.save_model`."""
+
+    @functools.wraps(original)
+    def save_model(self: Any, output_dir: Any = None, _internal_call: bool = False) -> Any:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        sharded = plugin is not None and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+        # A periodic checkpoint has the model in torch.distributed.checkpoint's files, next to the optimizer.
+        periodic = _internal_call and output_dir is not None and not self.args.push_to_hub
+        if self.accelerator not in _installed or not sharded or periodic:
+            return original(self, output_dir, _internal_call)
+        with full_state_dict_type(plugin):
+            return original(self, output_dir, _internal_call)
+
+    return save_model
+
+
+def check_state(accelerator: Accelerator, folder: Path, models: Iterable[nn.Module], num_optimizers: int) -> None:
+    """Check the files of a `save_state` folder or of a Trainer's FSDP checkpoint, on rank 0, for every rank.
+
+    Without it a rank whose file is damaged stops, and the others wait for it.
+
+    Raises:
+        CheckpointError: on all ranks; a file is missing, cut short, of the other state dict type, or lacks weights.
+    """
+    names = [None if is_peft_model(model) else set(get_model_state_dict(model)) for model in models]
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            _check_files(accelerator, folder, names, num_optimizers)
+        except CheckpointError as error:
+            found = [(error.message, error.hint)]
+    message_and_hint = broadcast_object_list(found)[0]
+    if message_and_hint is not None:
+        raise CheckpointError(*message_and_hint)
+
+
+def _check_files(accelerator: Accelerator, folder: Path, names: list[set[str] | None], num_optimizers: int) -> None:
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        for file in sorted(folder.glob("*.safetensors")):
+            open_file(file)
+        return
+    full = plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+    for index, expected in enumerate(names):
+        saved = _check_fsdp(folder, FSDP_MODEL_NAME, index, full)
+        if not full:  # accelerate saves {"model": state dict}
+            saved = {name.removeprefix("model.") for name in saved}
+        missing = (expected or set()) - saved
+        if missing:
+            raise CheckpointError(
+                f"{_fsdp_path(folder, FSDP_MODEL_NAME, index, full)} lacks {len(missing)} of {len(expected or ())} "
+                f"weights of the model: {shorten(missing)}",
+                RESUME_HINT,
+            )
+    for index in range(num_optimizers):
+        _check_fsdp(folder, OPTIMIZER_NAME, index, full)
+
+
+def _check_fsdp(folder: Path, stem: str, index: int, full: bool) -> set[str]:
+    path, other = _fsdp_path(folder, stem, index, full), _fsdp_path(folder, stem, index, not full)
+    if not path.exists():
+        if other.exists():
+            has, needed = ("SHARDED", "FULL") if full else ("FULL", "SHARDED")
+            raise CheckpointError(
+                f"{other} was written with {has}_STATE_DICT, this run is configured for {needed}_STATE_DICT",
+                f"in the config file write\nfsdp_config: {{fsdp_state_dict_type: {has}_STATE_DICT}}",
+            )
+        raise CheckpointError(f"{path} is missing", RESUME_HINT)
+    return set(open_file(path)) if full else check_sharded(path)
+
+
+def _fsdp_path(folder: Path, stem: str, index: int, full: bool) -> Path:
+    """Where accelerate puts the state of model or optimizer number `index`."""
+    if not full:
+        return folder / f"{stem}_{index}"
+    return folder / (f"{stem}.bin" if index == 0 else f"{stem}_{index}.bin")
+
+
+def _latest_state(accelerator: Accelerator) -> Path | None:
+    """The folder that `load_state()` without a folder takes: the last one of automatic checkpoint naming."""
+    numbered = {}
+    if accelerator.project_configuration.automatic_checkpoint_naming and accelerator.project_dir:
+        for folder in Path(accelerator.project_dir, "checkpoints").glob("*"):
+            if digits := re.search(r"[0-9]+$", folder.name):
+                numbered[int(digits[0])] = folder
+    return numbered[max(numbered)] if numbered else None
+
+
+def _has_fsdp_model(folder: Path) -> bool:
+    return (folder / f"{FSDP_MODEL_NAME}.bin").is_file() or any(
+        each.is_dir() and FSDP_MODEL_NAME in each.name for each in folder.iterdir()
+    )
+
+
+def _is_transformers_model(accelerator: Accelerator, model: nn.Module) -> bool:
+    return isinstance(accelerator.unwrap_model(model, keep_torch_compile=False), PreTrainedModel)
