@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import safe_open
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -103,6 +104,20 @@ def check_sharded(folder: Path) -> set[str]:
     return set(metadata.state_dict_metadata)
 
 
+def fsdp_path(folder: Path, stem: str, index: int, full: bool) -> Path:
+    """Where accelerate puts the state of model or optimizer number `index`: one torch file, or a folder of shards."""
+    if not full:
+        return folder / f"{stem}_{index}"
+    return folder / (f"{stem}.bin" if index == 0 else f"{stem}_{index}.bin")
+
+
+def has_fsdp_model(folder: Path) -> bool:
+    """Whether accelerate saved a model under FSDP in `folder`, in either state dict type."""
+    return (folder / f"{FSDP_MODEL_NAME}.bin").is_file() or any(
+        each.is_dir() and FSDP_MODEL_NAME in each.name for each in folder.iterdir()
+    )
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -126,4 +141,4 @@ def shorten(names: Iterable[str], shown: int = 4) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]

@@ -79,8 +79,9 @@ def load_hub_checkpoint(model: nn.Module, folder: str | Path) -> None:
     if unexpected := _without(unexpected, getattr(model, "_keys_to_ignore_on_load_unexpected", None)):
         problems.append(f"{len(unexpected)} weights in it are not in the model: {shorten(unexpected)}")
     if problems:
+        name = type(model).__name__.removeprefix("FSDP")  # the class that fully_shard makes
         raise CheckpointError(
-            f"{folder} does not hold {type(model).__name__}:\n" + "\n".join(f"  - {p}" for p in problems), RESUME_HINT
+            f"{folder} does not hold {name}:\n" + "\n".join(f"  - {p}" for p in problems), RESUME_HINT
         )
 
 

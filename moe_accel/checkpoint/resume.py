@@ -3,6 +3,7 @@
     accelerator.save_model(model, folder)     hub layout                                  save.py
     model.save_pretrained(folder)             refused on a sharded model without weights  save.py
     accelerator.load_state(folder)            a damaged folder is found first             here
+      without FSDP, of an FSDP2 folder        read all the same                           unsharded.py
     Trainer: resume, load_best_model          the experts too; a damaged folder first     load.py, here
     Trainer.save_model, SHARDED_STATE_DICT    hub layout instead of nothing               here
 
@@ -26,9 +27,19 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel
 
-from moe_accel.checkpoint.files import INDEX_FILES, RESUME_HINT, SINGLE_FILES, check_sharded, open_file, shorten
+from moe_accel.checkpoint.files import (
+    INDEX_FILES,
+    RESUME_HINT,
+    SINGLE_FILES,
+    check_sharded,
+    fsdp_path,
+    has_fsdp_model,
+    open_file,
+    shorten,
+)
 from moe_accel.checkpoint.load import default_conversions, load_hub_checkpoint
 from moe_accel.checkpoint.save import full_state_dict_type, guard_save_pretrained, save_hub
+from moe_accel.checkpoint.unsharded import load_unsharded
 from moe_accel.errors import CheckpointError
 from moe_accel.hooks import when_defined, wrap
 
@@ -91,6 +102,8 @@ def _load_state(original: Callable) -> Callable:
         folder = _latest_state(self) if input_dir is None else Path(input_dir).expanduser()
         if self in _installed and folder is not None and folder.is_dir():
             check_state(self, folder, self._models, len(self._optimizers))
+            if not self.is_fsdp2 and has_fsdp_model(folder):
+                return load_unsharded(self, folder, lambda: original(self, input_dir, *args, **kwargs))
         return original(self, input_dir, *args, **kwargs)
 
     return load_state
@@ -128,12 +141,12 @@ def _load_into(trainer: Any, model: nn.Module, folder: Path) -> bool:
     accelerator = trainer.accelerator
     if accelerator not in _installed or not folder.is_dir():
         return False
-    if trainer.is_fsdp_enabled and _has_fsdp_model(folder):
+    if trainer.is_fsdp_enabled and has_fsdp_model(folder):
         check_state(accelerator, folder, [model], num_optimizers=0)
         return False
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     adapted = not isinstance(unwrapped, PreTrainedModel) or getattr(unwrapped, "_hf_peft_config_loaded", False)
-    if adapted or trainer.is_deepspeed_enabled or _has_fsdp_model(folder):
+    if adapted or trainer.is_deepspeed_enabled or has_fsdp_model(folder):
         return False
     if not any((folder / name).is_file() for name in SINGLE_FILES + INDEX_FILES):
         return False
@@ -180,11 +193,14 @@ def check_state(accelerator: Accelerator, folder: Path, models: Iterable[nn.Modu
 
 def _check_files(accelerator: Accelerator, folder: Path, names: list[set[str] | None], num_optimizers: int) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None:
+    if plugin is None and not has_fsdp_model(folder):
         for file in sorted(folder.glob("*.safetensors")):
             open_file(file)
         return
-    full = plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+    if plugin is None:
+        full = fsdp_path(folder, FSDP_MODEL_NAME, 0, full=True).is_file()
+    else:
+        full = plugin.state_dict_type == StateDictType.FULL_STATE_DICT
     for index, expected in enumerate(names):
         saved = _check_fsdp(folder, FSDP_MODEL_NAME, index, full)
         if not full:  # accelerate saves {"model": state dict}
@@ -192,7 +208,7 @@ def _check_files(accelerator: Accelerator, folder: Path, names: list[set[str] | 
         missing = (expected or set()) - saved
         if missing:
             raise CheckpointError(
-                f"{_fsdp_path(folder, FSDP_MODEL_NAME, index, full)} lacks {len(missing)} of {len(expected or ())} "
+                f"{fsdp_path(folder, FSDP_MODEL_NAME, index, full)} lacks {len(missing)} of {len(expected or ())} "
                 f"weights of the model: {shorten(missing)}",
                 RESUME_HINT,
             )
@@ -201,7 +217,7 @@ def _check_files(accelerator: Accelerator, folder: Path, names: list[set[str] | 
 
 
 def _check_fsdp(folder: Path, stem: str, index: int, full: bool) -> set[str]:
-    path, other = _fsdp_path(folder, stem, index, full), _fsdp_path(folder, stem, index, not full)
+    path, other = fsdp_path(folder, stem, index, full), fsdp_path(folder, stem, index, not full)
     if not path.exists():
         if other.exists():
             has, needed = ("SHARDED", "FULL") if full else ("FULL", "SHARDED")
@@ -213,13 +229,6 @@ def _check_fsdp(folder: Path, stem: str, index: int, full: bool) -> set[str]:
     return set(open_file(path)) if full else check_sharded(path)
 
 
-def _fsdp_path(folder: Path, stem: str, index: int, full: bool) -> Path:
-    """Where accelerate puts the state of model or optimizer number `index`."""
-    if not full:
-        return folder / f"{stem}_{index}"
-    return folder / (f"{stem}.bin" if index == 0 else f"{stem}_{index}.bin")
-
-
 def _latest_state(accelerator: Accelerator) -> Path | None:
     """The folder that `load_state()` without a folder takes: the last one of automatic checkpoint naming."""
     numbered = {}
@@ -228,12 +237,6 @@ def _latest_state(accelerator: Accelerator) -> Path | None:
             if digits := re.search(r"[0-9]+$", folder.name):
                 numbered[int(digits[0])] = folder
     return numbered[max(numbered)] if numbered else None
-
-
-def _has_fsdp_model(folder: Path) -> bool:
-    return (folder / f"{FSDP_MODEL_NAME}.bin").is_file() or any(
-        each.is_dir() and FSDP_MODEL_NAME in each.name for each in folder.iterdir()
-    )
 
 
 def _is_transformers_model(accelerator: Accelerator, model: nn.Module) -> bool:

@@ -52,7 +52,7 @@ def guard_save_pretrained(original: Callable) -> Callable:
             if weights is None:
                 raise CheckpointError(
                     f"save_pretrained({str(save_directory)!r}) without state_dict: this rank holds only its shards of "
-                    f"{type(self).__name__}",
+                    f"{type(self).__name__.removeprefix('FSDP')}",
                     SAVE_HINT,
                 )
             if isinstance(weights, Mapping):
