@@ -2,7 +2,7 @@
 
 MoEAccelError
 ├── ConfigError             moe_config is wrong, or does not fit the launch, the ranks or the model (also a ValueError)
-├── UnsupportedModelError   the model has no experts that can be swapped, or somebody else distributed it (also a ValueError)
+├── UnsupportedModelError   the model has no experts to swap, or somebody else distributed it (also a ValueError)
 ├── DependencyError         a package is missing or too old (also an ImportError)
 └── CheckpointError         a checkpoint is damaged, incomplete or does not fit the model (also a ValueError)
 

@@ -34,15 +34,16 @@ def when_defined(module: str, name: str, action: Callable[[Any], None]) -> None:
         _act_on_first_access(present, name, action)
 
 
-def wrap(owner: type, name: str, around: Callable[[Callable], Callable]) -> None:
-    """Replace the method `owner.name` by `around(method)`; a second call changes nothing.
+def wrap(owner: type | ModuleType, name: str, around: Callable[[Callable], Callable]) -> None:
+    """Replace the method (or module's function) `owner.name` by `around(method)`; a second call changes nothing.
 
     Raises:
         DependencyError: `owner` has no such method, because another version of its package moved it.
     """
     found = inspect.getattr_static(owner, name, None)
     if found is None:
-        raise _moved(f"{owner.__module__}.{owner.__qualname__}.{name}")
+        place = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
+        raise _moved(f"{place}.{name}")
     method = found.__func__ if isinstance(found, staticmethod) else found
     if hasattr(method, _MARK):
         return

@@ -1,0 +1,54 @@
+"""Transports of tokens to the ranks that hold their experts, all behind one contract, which is DeepEP's.
+
+`combine(experts(dispatch(x)))` is expert parallelism: the experts in the middle are the same function that computes all
+experts on one GPU.
+
+Sizes: N tokens of this rank, R rows received, H hidden, K top-k, e experts of this rank.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from moe_accel.dispatch.alltoall import AllToAll
+
+
+class Handle(Protocol):
+    """What a dispatch leaves for its combine, and for dispatching the same routing again.
+
+    Attributes:
+        choices: [R,K] int32, local expert of each choice of a received row, -1 where another rank has it.
+        num_pairs: how many of `choices` are not -1, known on the host.
+    """
+
+    choices: Tensor
+    num_pairs: int
+
+
+class Dispatcher(Protocol):
+    """A transport. Every rank of the group must make the same calls in the same order, also with no tokens (N = 0)."""
+
+    name: str
+
+    def dispatch(
+        self, x: Tensor, choices: Tensor, weights: Tensor, handle: Handle | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Handle]:
+        """Send each token once to every rank that holds one of its experts; differentiable in x and weights.
+
+        Args:
+            x: [N,H] tokens.
+            choices: [N,K] integer, expert of each choice, counted over all ranks.
+            weights: [N,K] routing weights, any floating dtype.
+            handle: of an earlier dispatch, to repeat its routing: no counting, no wait for the device.
+
+        Returns:
+            x [R,H] and weights [R,K] in their dtypes, choices [R,K] local (-1: not here), and the handle.
+        """
+        ...
+
+    def combine(self, y: Tensor, handle: Handle) -> Tensor:
+        """Send rows back and sum them by token: y [R,H] -> [N,H]; differentiable in y."""
+        ...
+
+
+__all__ = ["AllToAll", "Dispatcher", "Handle"]

@@ -1,0 +1,60 @@
+"""Which modules of a model are experts, and why a model is refused."""
+
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from torch import nn
+
+from moe_accel.errors import UnsupportedModelError
+
+
+def find_experts(model: nn.Module) -> list[tuple[str, Any]]:
+    """The experts modules that transformers lets an experts function replace, with their names.
+
+    Raises:
+        UnsupportedModelError: there are none, or the model also has experts that no experts function can reach.
+    """
+    refused = {entry["experts_class"]: entry for entry in undecorated_families()}
+    found, undecorated = [], {}
+    for name, module in model.named_modules():
+        class_name = type(module).__name__.removeprefix("FSDP")
+        if is_decorated(module):
+            found.append((name, module))
+        elif class_name in refused and type(module).__module__.startswith("transformers."):
+            undecorated.setdefault(class_name, name)
+    for class_name in undecorated:
+        entry = refused[class_name]
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: the experts of {entry['family']} ({class_name}) cannot be replaced: "
+            f"{entry['reason']}",
+            entry["possible"],
+        )
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no mixture of experts that transformers lets an experts function replace",
+            "remove moe_config to train a dense model; a class of your own needs transformers' "
+            "@use_experts_implementation on its experts",
+        )
+    return found
+
+
+def is_decorated(module: nn.Module) -> bool:
+    """Whether the module's class has transformers' `@use_experts_implementation`."""
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "num_experts")
+
+
+@cache
+def undecorated_families() -> list[dict[str, str]]:
+    """The entries of families.toml."""
+    text = (resources.files("moe_accel.experts") / "families.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)["undecorated"]
+
+
+def expert_parameter_counts(experts: list[tuple[str, Any]]) -> Iterator[tuple[int, bool]]:
+    """Number of elements and requires_grad of every parameter of the experts."""
+    for _, module in experts:
+        for parameter in module.parameters():
+            yield parameter.numel(), parameter.requires_grad

@@ -1,0 +1,122 @@
+"""The experts function that transformers calls instead of its own.
+
+Registered as `moe_accel` in transformers' `ExpertsInterface`; what a module computes with is in its `Settings`.
+
+Sizes: N tokens of this rank, R rows received, H hidden, K top-k, E experts, e experts of this rank.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ExpertsInterface
+
+from moe_accel.dispatch import Dispatcher
+from moe_accel.experts.fused import fused_experts
+from moe_accel.experts.reference import reference_experts
+from moe_accel.experts.replay import Record, Records, in_backward
+from moe_accel.experts.routing import LocalRouting, sort_by_expert
+from moe_accel.experts.scale import scale_gradient
+
+NAME = "moe_accel"
+
+
+@dataclass
+class Settings:
+    """How one experts module computes.
+
+    Attributes:
+        kernels: `fused` or `reference`.
+        dispatcher: transport to the other ranks' experts; None where this rank has all of them.
+        ep_size: ranks that share the experts; 1 without a dispatcher.
+        load: [e] int64 on the device, tokens computed by each of this rank's experts so far; None to not count.
+        records: routing of the forwards that may be recomputed.
+    """
+
+    kernels: str = "fused"
+    dispatcher: Dispatcher | None = None
+    ep_size: int = 1
+    load: Tensor | None = None
+    records: Records = field(default_factory=Records)
+
+    def __deepcopy__(self, memo: dict) -> "Settings":
+        """A copied module shares the transport (process groups cannot be copied) and starts without history."""
+        load = None if self.load is None else torch.zeros_like(self.load)
+        return Settings(self.kernels, self.dispatcher, self.ep_size, load)
+
+
+_DEFAULT = Settings()
+
+
+def register() -> None:
+    """Make `experts_implementation="moe_accel"` known to transformers."""
+    ExpertsInterface.register(NAME, experts_forward)
+
+
+def install(module: Any, settings: Settings) -> None:
+    """Let an experts module compute with `settings`."""
+    module.config._experts_implementation = NAME
+    module._moe_accel = settings
+
+
+def settings_of(module: nn.Module) -> Settings:
+    """The module's settings; those of one GPU where nothing was installed."""
+    return getattr(module, "_moe_accel", _DEFAULT)
+
+
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Weighted sum of each token's experts, wherever they are.
+
+    Args:
+        module: a transformers experts module.
+        hidden_states: [N,H].
+        top_k_index: [N,K] int64, expert of each choice.
+        top_k_weights: [N,K], the dtype of hidden_states or fp32.
+
+    Returns:
+        [N,H] in the dtype of hidden_states.
+    """
+    settings = settings_of(module)
+    if settings.dispatcher is not None:
+        return _expert_parallel(module, settings, hidden_states, top_k_index, top_k_weights)
+    routing = None
+    if settings.kernels == "fused" or settings.load is not None:
+        routing = sort_by_expert(top_k_index, module.num_experts)
+    _count(settings, routing)
+    return _compute(module, settings, hidden_states, top_k_index, top_k_weights, routing)
+
+
+@torch._dynamo.disable  # row counts are data: a compiled graph would be made anew for every batch
+def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+    """`combine(experts(dispatch(x)))`, with the gradient scale of `scale.py` around it."""
+    dispatcher: Any = settings.dispatcher
+    num_local_experts = module.num_experts // settings.ep_size
+    record = settings.records.find(choices)
+    new = Record(choices) if record is None and torch.is_grad_enabled() and not in_backward() else None
+    x = scale_gradient(x, settings.ep_size, new, closes=new is not None)
+    weights = scale_gradient(weights, settings.ep_size)
+    x_r, choices_r, weights_r, handle = dispatcher.dispatch(x, choices, weights, record and record.handle)
+    routing = record and record.routing
+    if routing is None:
+        routing = sort_by_expert(choices_r, num_local_experts, handle.num_pairs)
+    if new is not None:
+        new.handle, new.routing = handle, routing
+        settings.records.add(new)
+    _count(settings, routing)
+    y_r = _compute(module, settings, x_r, choices_r, weights_r, routing)
+    return scale_gradient(dispatcher.combine(y_r, handle), 1 / settings.ep_size, new)
+
+
+def _compute(
+    module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor, routing: LocalRouting | None
+) -> Tensor:
+    norm_scale = float(settings.ep_size)
+    if settings.kernels == "reference" or routing is None:
+        return reference_experts(module, x, choices, weights, norm_scale)
+    return fused_experts(module, x, routing, weights, norm_scale)
+
+
+def _count(settings: Settings, routing: LocalRouting | None) -> None:
+    if settings.load is not None and routing is not None and not in_backward():  # recompute counts no token twice
+        settings.load.add_(routing.counts())

@@ -1,0 +1,102 @@
+"""The experts as two grouped GEMMs over rows sorted by expert: the default.
+
+Against transformers' own grouped_mm: no sentinel masks, no scatter with atomics in any backward, no copy to the host,
+and the routing weights multiply the [P,I] input of the second GEMM rather than its larger [P,H] output, which then need
+not be kept for backward.
+
+Sizes: R rows, H hidden, K top-k, e local experts, P sorted pairs, U up rows, I inner.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_accel.experts.routing import LocalRouting
+from moe_accel.experts.weights import activate, down_weight, has_post_norm, post_norm, up_weight
+from moe_accel.kernels.grouped import grouped_mm
+from moe_accel.kernels.rows import gather_rows, sum_rows
+
+
+def fused_experts(module: Any, x: Tensor, routing: LocalRouting, weights: Tensor, norm_scale: float = 1.0) -> Tensor:
+    """Weighted sum of each row's experts: x [R,H], weights [R,K] -> [R,H] in the dtype of x.
+
+    `norm_scale`: see `weights.post_norm`.
+    """
+    (up, up_bias), (down, down_bias) = up_weight(module), down_weight(module)
+    weight_p = _Pick.apply(weights, routing.pairs)  # [P]
+    h_ph = gather_rows(x, routing.rows)
+    u_pu = _add_bias(grouped_mm(h_ph, up, routing.ends), up_bias, routing)
+    a_pi = activate(module, u_pu)
+    if has_post_norm(module):  # of the unweighted output
+        y_ph = _add_bias(grouped_mm(a_pi, down, routing.ends), down_bias, routing)
+        y_ph = _Weigh.apply(post_norm(module, y_ph, norm_scale), weight_p)
+    else:
+        y_ph = grouped_mm(_Weigh.apply(a_pi, weight_p), down, routing.ends)
+        y_ph = _add_bias(y_ph, down_bias, routing, weight_p)
+    return sum_rows(y_ph, routing.rows)  # pyright: ignore[reportArgumentType]
+
+
+def _add_bias(rows: Tensor, bias: Tensor | None, routing: LocalRouting, weight_p: Any = None) -> Tensor:
+    if bias is None:
+        return rows
+    added = _ExpertRows.apply(bias, routing.experts)
+    return rows + (added if weight_p is None else _Weigh.apply(added, weight_p))
+
+
+class _Pick(torch.autograd.Function):
+    """weights [R,K] -> [P] of the sorted pairs. Each pair is picked once, so backward writes and never adds."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(pairs)
+        ctx.shape = weights.shape
+        return weights.reshape(-1).index_select(0, pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (pairs,), (gradient,) = ctx.saved_tensors, gradients
+        return gradient.new_zeros(ctx.shape.numel()).scatter_(0, pairs, gradient).view(ctx.shape), None
+
+
+class _Weigh(torch.autograd.Function):
+    """rows [P,C] times weights [P], in the dtype of rows; products and sums over C in the wider of the two dtypes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        return _product(rows, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (rows, weights), (gradient,) = ctx.saved_tensors, gradients
+        rows_grad = _product(gradient, weights) if ctx.needs_input_grad[0] else None
+        weights_grad = None
+        if ctx.needs_input_grad[1]:
+            accumulate = torch.promote_types(weights.dtype, torch.float32)
+            weights_grad = (gradient * rows).sum(1, dtype=accumulate).to(weights.dtype)
+        return rows_grad, weights_grad
+
+
+def _product(rows: Tensor, weights: Tensor) -> Tensor:
+    return torch.mul(rows, weights[:, None], out=torch.empty_like(rows))
+
+
+class _ExpertRows(torch.autograd.Function):
+    """bias [e,C] -> [P,C], the row of each pair's expert; backward is one small GEMM instead of a scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, experts: Tensor) -> Tensor:
+        ctx.save_for_backward(experts)
+        ctx.num_experts = bias.shape[0]
+        return bias.index_select(0, experts.int())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (experts,), (gradient,) = ctx.saved_tensors, gradients
+        of_expert = torch.arange(ctx.num_experts, device=experts.device, dtype=experts.dtype)[:, None] == experts
+        return of_expert.to(gradient.dtype) @ gradient, None

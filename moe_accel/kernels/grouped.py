@@ -1,0 +1,43 @@
+"""Grouped GEMM: rows sorted by expert times the matrix of their expert.
+
+On a GPU with bf16 it is torch's own grouped_mm: 695 TFLOP/s forward on even and 624 on uneven groups (64 experts,
+65,536 rows x 2048 -> 2048, one H100, 2026-11-24; TransformerEngine's GroupedLinear: 557 and 520). Elsewhere it is one
+matrix product per expert.
+
+Sizes: P rows, e experts, A inner, B outer.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each group of rows by its own matrix.
+
+    Args:
+        rows: [P,A], sorted by group.
+        matrices: [e,A,B], the dtype of `rows`; a transposed view is as good.
+        ends: [e] int32, where each group ends in `rows`; the last is P. A group may be empty.
+
+    Returns:
+        [P,B], differentiable in rows and matrices.
+    """
+    if takes_torch_grouped_mm(rows, matrices):
+        return functional.grouped_mm(rows, matrices, offs=ends)
+    return grouped_mm_by_group(rows, matrices, ends)
+
+
+def grouped_mm_by_group(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm` as one product per group: the definition, and what runs without a GPU."""
+    stops = ends.tolist()
+    sizes = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+    products = [group @ matrix for group, matrix in zip(rows.split(sizes), matrices.unbind(), strict=True)]
+    return torch.cat(products)
+
+
+def takes_torch_grouped_mm(rows: Tensor, matrices: Tensor) -> bool:
+    """Whether torch has a real grouped kernel for these: bf16 on an Ampere or newer GPU, rows of whole 16 bytes."""
+    if rows.dtype != torch.bfloat16 or not rows.is_cuda or torch.cuda.get_device_capability(rows.device) < (8, 0):
+        return False
+    return rows.shape[1] % 8 == 0 and matrices.shape[2] % 8 == 0 and matrices.data_ptr() % 16 == 0

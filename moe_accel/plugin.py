@@ -1,0 +1,244 @@
+"""The story: what `accelerator.prepare(model, optimizer)` does with a mixture of experts, top to bottom.
+
+    install        once per Accelerator, called by `MoEConfig`: versions, dispatcher and kernels are checked, hooks set
+    swap_experts   at prepare(): every experts module of the model computes with our experts function
+    shard_model    at prepare(), under FSDP2: expert weights over (efsdp, ep), the rest as accelerate does it
+    report         rank 0 says what was done
+
+Every hook is one line in `install`, acts only for accelerators that carry a `MoEConfig`, and leaves others alone.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import accelerate.accelerator
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from moe_accel import checkpoint, experts
+from moe_accel.dispatch import AllToAll, Dispatcher
+from moe_accel.errors import ConfigError, DependencyError, UnsupportedModelError
+from moe_accel.hooks import wrap
+from moe_accel.mesh import check_experts
+from moe_accel.report import Choice, Report, say
+from moe_accel.shard import restore_buffers, shard_experts, without_experts
+from moe_accel.versions import check_versions
+
+_installed: WeakKeyDictionary[Accelerator, list[Report]] = WeakKeyDictionary()
+
+
+def install(accelerator: Accelerator) -> None:
+    """Make an Accelerator that carries a `MoEConfig` prepare mixtures of experts; checks all that needs no model.
+
+    Raises:
+        ConfigError: a value of the config is not available.
+        DependencyError: a package is missing, too old or too new.
+    """
+    check_versions()
+    config = accelerator.parallelism_config
+    choose_kernels(config.kernels, accelerator.device)
+    choose_dispatcher(config.dispatcher, config.ep_size)
+    experts.register()
+    _installed.setdefault(accelerator, [])
+    checkpoint.install(accelerator)
+    wrap(Accelerator, "prepare", _prepare)
+    wrap(Accelerator, "prepare_model", _prepare_model)
+    wrap(accelerate.accelerator, "fsdp2_prepare_model", _fsdp2_prepare_model)
+
+
+def reports(accelerator: Accelerator) -> tuple[Report, ...]:
+    """What was done to each model that this Accelerator prepared."""
+    return tuple(_installed.get(accelerator, ()))
+
+
+def _prepare(original: Callable) -> Callable:
+    """Around `Accelerator.prepare`."""
+
+    @functools.wraps(original)
+    def prepare(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        if self in _installed:
+            swap_all(self, [each for each in args if isinstance(each, nn.Module)])
+        return original(self, *args, **kwargs)
+
+    return prepare
+
+
+def _prepare_model(original: Callable) -> Callable:
+    """Around `Accelerator.prepare_model`, which Trainer calls itself to evaluate without training."""
+
+    @functools.wraps(original)
+    def prepare_model(self: Accelerator, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self in _installed and has_experts(model):
+            swap_all(self, [model])
+        return original(self, model, *args, **kwargs)
+
+    return prepare_model
+
+
+def _fsdp2_prepare_model(original: Callable) -> Callable:
+    """Around the `fsdp2_prepare_model` that `Accelerator.prepare` calls."""
+
+    @functools.wraps(original)
+    def fsdp2_prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+        if accelerator not in _installed or any(isinstance(module, FSDPModule) for module in model.modules()):
+            return original(accelerator, model)
+        return shard_model(accelerator, model, original)
+
+    return fsdp2_prepare_model
+
+
+def swap_all(accelerator: Accelerator, models: list[nn.Module]) -> None:
+    """Swap the experts of every mixture of experts among `models`; a dense model beside one is left to accelerate.
+
+    Raises:
+        UnsupportedModelError: there is no mixture of experts, now or in an earlier prepare().
+    """
+    dense = [model for model in models if not has_experts(model)]
+    if len(dense) == len(models) and not _installed[accelerator]:
+        for model in dense:
+            experts.find_experts(model)  # says what is wrong with it
+    for model in models:
+        if model not in dense and not _is_swapped(model):
+            report = swap_experts(accelerator, model)
+            _installed[accelerator].append(report)
+            if accelerator.is_main_process:
+                say(report)
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether any module of the model is an experts module; raises nothing."""
+    return any(experts.is_decorated(module) for module in model.modules())
+
+
+def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
+    """Let every experts module of the model compute with the experts function.
+
+    Raises:
+        UnsupportedModelError: the model cannot be swapped, or somebody else distributed it.
+        ConfigError: ep_size does not divide the number of experts.
+    """
+    config = accelerator.parallelism_config
+    refuse_distributed(model)
+    found = experts.find_experts(model)
+    check_experts(config.ep_size, [module.num_experts for _, module in found], config.dp_shard_size)
+    if config.ep_size > 1:
+        refuse_adapted_experts(model)
+    checkpoint.install_on_model(accelerator, _unwrapped(model))
+
+    kernels = choose_kernels(config.kernels, accelerator.device)
+    dispatcher = choose_dispatcher(config.dispatcher, config.ep_size)
+    for _, module in found:
+        transport = _transport(config, module.num_experts) if config.ep_size > 1 else None
+        experts.install(module, experts.Settings(kernels.value, transport, config.ep_size))
+    counts = list(experts.expert_parameter_counts(found))
+    sizes = sorted({module.num_experts for _, module in found})
+    return Report(
+        model=type(_unwrapped(model)).__name__,
+        mesh=_mesh(accelerator),
+        num_swapped=len(found),
+        experts_classes=", ".join(sorted({type(module).__name__ for _, module in found})),
+        num_experts=" or ".join(map(str, sizes)),
+        num_local_experts=" or ".join(str(size // config.ep_size) for size in sizes),
+        dispatcher=dispatcher,
+        kernels=kernels,
+        num_expert_parameters=sum(count for count, _ in counts),
+        num_trainable=sum(count for count, trainable in counts if trainable),
+    )
+
+
+def shard_model(accelerator: Accelerator, model: nn.Module, stock: Callable) -> nn.Module:
+    """Shard the model: experts over (efsdp, ep), everything else by `stock`, accelerate's own function."""
+    config, plugin = accelerator.parallelism_config, accelerator.state.fsdp_plugin
+    swapped = [(name, module) for name, module in model.named_modules() if hasattr(module, "_moe_accel")]
+    apart = swapped if config.ep_size > 1 else []
+    detached = without_experts(model, apart, take_buffers=plugin.cpu_ram_efficient_loading)
+    model = stock(accelerator, model)
+    restore_buffers(detached, accelerator.device)
+    if apart:
+        shard_experts(detached, config.sparse_mesh, accelerator)
+    return model
+
+
+def choose_kernels(asked: str, device: torch.device) -> Choice:
+    """`fused` or `reference`, with the reason.
+
+    Raises:
+        ConfigError: `te`, which this version does not have.
+    """
+    if asked == "te":
+        raise ConfigError("kernels=te is not in this version of moe-accel", "kernels: auto")
+    if asked == "reference":
+        return Choice("reference", "asked for: one expert after the other, slow and true")
+    how = "grouped GEMMs for bf16 on this GPU" if device.type == "cuda" else "one product per expert on this device"
+    return Choice("fused", f"{'asked for' if asked == 'fused' else asked}: {how}")
+
+
+def choose_dispatcher(asked: str, ep_size: int) -> Choice:
+    """The transport, with the reason.
+
+    Raises:
+        DependencyError: `deepep` without the package.
+        ConfigError: `deepep`, which this version does not have.
+    """
+    if ep_size == 1:
+        return Choice("none", "ep_size 1: every rank has all experts")
+    if asked == "deepep":
+        if importlib.util.find_spec("deep_ep") is None:
+            raise DependencyError(
+                "dispatcher=deepep needs the package deep_ep, which is not installed",
+                "dispatcher: auto, or pip install 'moe-accel[deepep]'",
+            )
+        raise ConfigError("dispatcher=deepep is not in this version of moe-accel", "dispatcher: alltoall")
+    return Choice("alltoall", "asked for" if asked == "alltoall" else "auto: it needs nothing but torch.distributed")
+
+
+def _transport(config: Any, num_experts: int) -> Dispatcher:
+    return AllToAll(config.sparse_mesh.get_group("ep"), num_experts // config.ep_size)
+
+
+def refuse_distributed(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where transformers (or anybody) distributed the model at from_pretrained."""
+    asked = getattr(getattr(_unwrapped(model), "config", None), "distributed_config", None) is not None
+    if asked or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"{type(_unwrapped(model)).__name__} is distributed already "
+            f"({'distributed_config' if asked else 'its parameters are DTensors'})",
+            "load it without distributed_config, tp_plan and device_map; or remove moe_config",
+        )
+
+
+def refuse_adapted_experts(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where PEFT adapters sit on the experts, which PEFT cannot compute when spread."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "ParamWrapper" and any(experts.is_decorated(each) for each in module.modules()):
+            raise UnsupportedModelError(
+                f"{name} has a PEFT adapter (target_parameters), which cannot be trained with ep_size > 1 yet",
+                "ep_size: 1 trains it; adapters on attention (target_modules) work at any ep_size",
+            )
+
+
+def _is_swapped(model: nn.Module) -> bool:
+    return all(hasattr(module, "_moe_accel") for module in model.modules() if experts.is_decorated(module))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside torch.compile and PEFT."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+
+
+def _mesh(accelerator: Accelerator) -> Choice:
+    config, ranks = accelerator.parallelism_config, accelerator.num_processes
+    if config.ep_size == 1:
+        how = "FSDP2" if accelerator.is_fsdp2 else accelerator.distributed_type.value
+        return Choice(f"{ranks} rank{'s' if ranks > 1 else ''}", f"{how} as accelerate does it, ep_size 1")
+    efsdp = config.dp_shard_size // config.ep_size
+    replicas = f"dp_replicate {config.dp_replicate_size} x " if config.dp_replicate_size > 1 else ""
+    sparse = f"{replicas}efsdp {efsdp} x ep {config.ep_size}"
+    return Choice(f"experts {sparse}", f"all else {replicas}dp_shard {config.dp_shard_size}, {ranks} ranks")

@@ -1,0 +1,118 @@
+"""Expert weights as DTensors: split over `ep` by expert, sharded over `efsdp` by FSDP2, under the names they had.
+
+Stock accelerate shards everything else. `without_experts` takes the expert weights out of the model meanwhile; then
+`shard_experts` puts them back, one layer at a time. Optimizers follow, since accelerate maps parameters by name.
+Persistent buffers are taken out as well where `fsdp_cpu_ram_efficient_loading` is on: accelerate 1.15 expects every
+entry of a state dict to be a DTensor there, and stops at DeepSeek-V3's `e_score_correction_bias` (accelerate#3898).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from moe_accel.experts import stacked_parameters
+from moe_accel.mesh import efsdp_mesh
+
+
+@dataclass(frozen=True)
+class Detached:
+    """What was taken out of a model: (module, name, value) of expert parameters and of persistent buffers."""
+
+    parameters: list[tuple[nn.Module, str, nn.Parameter]]
+    buffers: list[tuple[nn.Module, str, Tensor]]
+
+
+def without_experts(model: nn.Module, experts: list[tuple[str, Any]], take_buffers: bool) -> Detached:
+    """Take the stacked expert parameters (and persistent buffers) out of the model, in place."""
+    parameters = [
+        (module, name, parameter) for _, module in experts for name, parameter in list(stacked_parameters(module))
+    ]
+    buffers = list(_persistent_buffers(model)) if take_buffers else []
+    for module, name, _ in parameters:
+        del module._parameters[name]
+    for module, name, _ in buffers:
+        del module._buffers[name]
+    return Detached(parameters, buffers)
+
+
+def restore_buffers(detached: Detached, device: torch.device) -> None:
+    """Put the buffers back on `device`, with the values that rank 0 has. A collective call."""
+    for module, name, buffer in detached.buffers:
+        module._buffers[name] = _from_rank_0(buffer.to(device))
+
+
+def shard_experts(detached: Detached, sparse_mesh: DeviceMesh, accelerator: Any) -> None:
+    """Put the expert parameters back as DTensors over (efsdp, ep). A collective call.
+
+    With `fsdp_cpu_ram_efficient_loading` every slice comes from rank 0, whatever the other ranks hold.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    modules: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}
+    for module, name, parameter in detached.parameters:
+        modules.setdefault(module, []).append((name, parameter))
+    detached.parameters.clear()  # each layer's full stack can go as soon as its slice is made
+    for module, parameters in modules.items():
+        others = set(module.parameters())  # sharded by stock accelerate already
+        while parameters:
+            name, full = parameters.pop(0)
+            upcast = accelerator.mixed_precision != "no" and full.requires_grad
+            part = _slice(full, sparse_mesh, accelerator.device, plugin.cpu_ram_efficient_loading)
+            part = part.float() if upcast else part  # as accelerate does to every other trainable parameter
+            tensor = DTensor.from_local(part, sparse_mesh["ep"], [Shard(0)], run_check=False)
+            module.register_parameter(name, nn.Parameter(tensor, requires_grad=full.requires_grad))
+        fully_shard(
+            module,
+            mesh=efsdp_mesh(sparse_mesh),
+            reshard_after_forward=plugin.reshard_after_forward,
+            offload_policy=plugin.cpu_offload,
+            mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+            shard_placement_fn=lambda parameter: _placement(parameter, sparse_mesh["efsdp"].size()),
+            ignored_params=others,
+        )
+
+
+def _slice(full: Tensor, sparse_mesh: DeviceMesh, device: torch.device, from_rank_0: bool) -> Tensor:
+    """This rank's experts of a stack [E,...], on `device`, sharing no memory with it."""
+    ep = sparse_mesh["ep"]
+    if not from_rank_0:
+        return full.detach().chunk(ep.size())[ep.get_local_rank()].to(device, copy=True)
+    part = torch.empty(full.shape[0] // ep.size(), *full.shape[1:], dtype=full.dtype, device=device)
+    # Rank 0's `ep` group splits the stack; then each of its ranks hands its slice to those with the same experts.
+    outer = [name for name in (sparse_mesh.mesh_dim_names or ()) if name != "ep"]
+    if all(sparse_mesh.get_local_rank(name) == 0 for name in outer):
+        parts = None
+        if dist.get_rank() == 0:
+            parts = [each.to(device).contiguous() for each in full.detach().chunk(ep.size())]
+        dist.scatter(part, parts, group_src=0, group=ep.get_group())
+    for at in reversed(range(len(outer))):
+        if all(sparse_mesh.get_local_rank(name) == 0 for name in outer[:at]):
+            dist.broadcast(part, group_src=0, group=sparse_mesh.get_group(outer[at]))
+    return part
+
+
+def _placement(parameter: Tensor, efsdp_size: int) -> Shard | None:
+    """Shard by expert; by rows where there are fewer local experts than ranks to share them."""
+    num_local_experts, num_rows = parameter.shape[0], parameter.shape[1]
+    if isinstance(parameter, DTensor):
+        num_local_experts = parameter.to_local().shape[0]
+    return Shard(1) if num_local_experts % efsdp_size and num_rows % efsdp_size == 0 else Shard(0)
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in model.modules():
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield module, name, buffer
+
+
+def _from_rank_0(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor, src=0)
+    return tensor
