@@ -52,7 +52,7 @@ class MoEConfig(ParallelismConfig):
             raise ConfigError.collect(problems, type(self).__name__)
         self._dp_shard_given = self.dp_shard_size is not None
         super().__post_init__()
-        self._dp_shard_given = self._dp_shard_given or self.dp_shard_size > 1
+        self._dp_shard_given = self._dp_shard_given or self._sizes["dp_shard"] > 1
 
     def get_device_mesh(self, device_type: str | None = None) -> DeviceMesh | None:
         """Settle the sizes for the ranks at hand and build both meshes; a collective call the first time.
@@ -64,7 +64,8 @@ class MoEConfig(ParallelismConfig):
             self._fit_to_ranks(AcceleratorState())
         mesh = super().get_device_mesh(device_type)
         if self.sparse_mesh is None and self.ep_size > 1 and device_type is not None:
-            self.sparse_mesh = build_sparse_mesh(device_type, self.dp_replicate_size, self.dp_shard_size, self.ep_size)
+            sizes = self._sizes["dp_replicate"], self._sizes["dp_shard"], self.ep_size
+            self.sparse_mesh = build_sparse_mesh(device_type, *sizes)
         return mesh
 
     def _fit_to_ranks(self, state: Any) -> None:
@@ -90,7 +91,8 @@ class MoEConfig(ParallelismConfig):
                 )
         if not is_fsdp:
             return
-        fitting = check_ranks(self.ep_size, state.num_processes, self.dp_replicate_size, self.non_data_parallel_size)
+        replicas, others = self._sizes["dp_replicate"], self.non_data_parallel_size
+        fitting = check_ranks(self.ep_size, state.num_processes, replicas, others)
         if self._dp_shard_given and self.dp_shard_size != fitting:
             raise ConfigError(
                 f"dp_shard_size={self.dp_shard_size} does not fit num_processes={state.num_processes} with "

@@ -41,7 +41,7 @@ def install(accelerator: Accelerator) -> None:
         DependencyError: a package is missing, too old or too new.
     """
     check_versions()
-    config = accelerator.parallelism_config
+    config: Any = accelerator.parallelism_config
     choose_kernels(config.kernels, accelerator.device)
     choose_dispatcher(config.dispatcher, config.ep_size)
     experts.register()
@@ -123,7 +123,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         UnsupportedModelError: the model cannot be swapped, or somebody else distributed it.
         ConfigError: ep_size does not divide the number of experts.
     """
-    config = accelerator.parallelism_config
+    config: Any = accelerator.parallelism_config
     refuse_distributed(model)
     found = experts.find_experts(model)
     check_experts(config.ep_size, [module.num_experts for _, module in found], config.dp_shard_size)
@@ -154,7 +154,8 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
 
 def shard_model(accelerator: Accelerator, model: nn.Module, stock: Callable) -> nn.Module:
     """Shard the model: experts over (efsdp, ep), everything else by `stock`, accelerate's own function."""
-    config, plugin = accelerator.parallelism_config, accelerator.state.fsdp_plugin
+    config: Any = accelerator.parallelism_config
+    plugin: Any = accelerator.state.fsdp_plugin
     swapped = [(name, module) for name, module in model.named_modules() if hasattr(module, "_moe_accel")]
     apart = swapped if config.ep_size > 1 else []
     detached = without_experts(model, apart, take_buffers=plugin.cpu_ram_efficient_loading)
@@ -234,7 +235,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _mesh(accelerator: Accelerator) -> Choice:
-    config, ranks = accelerator.parallelism_config, accelerator.num_processes
+    config: Any = accelerator.parallelism_config
+    ranks = accelerator.num_processes
     if config.ep_size == 1:
         how = "FSDP2" if accelerator.is_fsdp2 else accelerator.distributed_type.value
         return Choice(f"{ranks} rank{'s' if ranks > 1 else ''}", f"{how} as accelerate does it, ep_size 1")

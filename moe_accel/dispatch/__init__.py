@@ -6,11 +6,11 @@ experts on one GPU.
 Sizes: N tokens of this rank, R rows received, H hidden, K top-k, e experts of this rank.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from moe_accel.dispatch.alltoall import AllToAll
+from moe_accel.dispatch.alltoall import AllToAll, AllToAllHandle
 
 
 class Handle(Protocol):
@@ -29,26 +29,27 @@ class Dispatcher(Protocol):
     """A transport. Every rank of the group must make the same calls in the same order, also with no tokens (N = 0)."""
 
     name: str
+    rank: int  # of this process in the group: it holds experts rank * e to (rank + 1) * e - 1
 
     def dispatch(
-        self, x: Tensor, choices: Tensor, weights: Tensor, handle: Handle | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Handle]:
+        self, x: Tensor, choices: Tensor, weights: Tensor, handle: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Send each token once to every rank that holds one of its experts; differentiable in x and weights.
 
         Args:
             x: [N,H] tokens.
             choices: [N,K] integer, expert of each choice, counted over all ranks.
             weights: [N,K] routing weights, any floating dtype.
-            handle: of an earlier dispatch, to repeat its routing: no counting, no wait for the device.
+            handle: a `Handle` of an earlier dispatch, to repeat its routing: no counting, no wait for the device.
 
         Returns:
-            x [R,H] and weights [R,K] in their dtypes, choices [R,K] local (-1: not here), and the handle.
+            x [R,H] and weights [R,K] in their dtypes, choices [R,K] local (-1: not here), and the `Handle`.
         """
         ...
 
-    def combine(self, y: Tensor, handle: Handle) -> Tensor:
+    def combine(self, y: Tensor, handle: Any) -> Tensor:
         """Send rows back and sum them by token: y [R,H] -> [N,H]; differentiable in y."""
         ...
 
 
-__all__ = ["AllToAll", "Dispatcher", "Handle"]
+__all__ = ["AllToAll", "AllToAllHandle", "Dispatcher", "Handle"]

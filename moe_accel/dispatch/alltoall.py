@@ -44,7 +44,7 @@ class AllToAll:
 
     def __init__(self, group: dist.ProcessGroup, num_local_experts: int):
         self.group, self.num_local_experts = group, num_local_experts
-        self.num_ranks = dist.get_world_size(group)
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def dispatch(
         self, x: Tensor, choices: Tensor, weights: Tensor, handle: AllToAllHandle | None = None

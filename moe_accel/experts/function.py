@@ -30,20 +30,21 @@ class Settings:
         kernels: `fused` or `reference`.
         dispatcher: transport to the other ranks' experts; None where this rank has all of them.
         ep_size: ranks that share the experts; 1 without a dispatcher.
-        load: [e] int64 on the device, tokens computed by each of this rank's experts so far; None to not count.
+        counting: whether to count `load`.
+        load: [e] int64 on the device, tokens computed by each of this rank's experts so far; None while there are none.
         records: routing of the forwards that may be recomputed.
     """
 
     kernels: str = "fused"
     dispatcher: Dispatcher | None = None
     ep_size: int = 1
+    counting: bool = False
     load: Tensor | None = None
     records: Records = field(default_factory=Records)
 
     def __deepcopy__(self, memo: dict) -> "Settings":
         """A copied module shares the transport (process groups cannot be copied) and starts without history."""
-        load = None if self.load is None else torch.zeros_like(self.load)
-        return Settings(self.kernels, self.dispatcher, self.ep_size, load)
+        return Settings(self.kernels, self.dispatcher, self.ep_size, self.counting)
 
 
 _DEFAULT = Settings()
@@ -79,15 +80,16 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     """
     settings = settings_of(module)
     if settings.dispatcher is not None:
-        return _expert_parallel(module, settings, hidden_states, top_k_index, top_k_weights)
+        parallel: Any = _expert_parallel
+        return parallel(module, settings, hidden_states, top_k_index, top_k_weights)
     routing = None
-    if settings.kernels == "fused" or settings.load is not None:
+    if settings.kernels == "fused" or settings.counting:
         routing = sort_by_expert(top_k_index, module.num_experts)
     _count(settings, routing)
     return _compute(module, settings, hidden_states, top_k_index, top_k_weights, routing)
 
 
-@torch._dynamo.disable  # row counts are data: a compiled graph would be made anew for every batch
+@torch.compiler.disable  # row counts are data: a compiled graph would be made anew for every batch
 def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
     """`combine(experts(dispatch(x)))`, with the gradient scale of `scale.py` around it."""
     dispatcher: Any = settings.dispatcher
@@ -105,7 +107,9 @@ def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor
         settings.records.add(new)
     _count(settings, routing)
     y_r = _compute(module, settings, x_r, choices_r, weights_r, routing)
-    return scale_gradient(dispatcher.combine(y_r, handle), 1 / settings.ep_size, new)
+    # Scaled before combine and not after: scale_gradient returns a view, and a model's `experts_out += shared_out` on a
+    # view would drop the hook by which FSDP2 gathers the experts for backward.
+    return dispatcher.combine(scale_gradient(y_r, 1 / settings.ep_size, new), handle)
 
 
 def _compute(
@@ -118,5 +122,6 @@ def _compute(
 
 
 def _count(settings: Settings, routing: LocalRouting | None) -> None:
-    if settings.load is not None and routing is not None and not in_backward():  # recompute counts no token twice
-        settings.load.add_(routing.counts())
+    if settings.counting and routing is not None and not in_backward():  # recompute counts no token twice
+        counts = routing.counts()
+        settings.load = counts if settings.load is None else settings.load + counts

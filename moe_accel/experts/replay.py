@@ -61,7 +61,8 @@ class Records:
         if len(waiting) == 1:
             if choices.numel():
                 share = (waiting[0].choices == choices).float().mean()
-                torch._assert_async(share > 0.5, "activation-checkpoint recompute met the routing of another forward")
+                message = "activation-checkpoint recompute met the routing of another forward"
+                torch.ops.aten._assert_async.msg(share > 0.5, message)
             return waiting[0]
         best, agreement = None, 0.5
         for record in candidates:
