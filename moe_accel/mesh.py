@@ -68,7 +68,9 @@ def build_sparse_mesh(device_type: str, dp_replicate_size: int, dp_shard_size: i
     shape, names = (dp_shard_size // ep_size, ep_size), ("efsdp", "ep")
     if dp_replicate_size > 1:
         shape, names = (dp_replicate_size, *shape), ("dp_replicate", *names)
-    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    mesh["efsdp", "ep"]._flatten("efsdp_ep")  # lets DTensor reduce a norm over both in one collective
+    return mesh
 
 
 def efsdp_mesh(sparse_mesh: DeviceMesh) -> DeviceMesh:

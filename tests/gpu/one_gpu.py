@@ -1,0 +1,120 @@
+"""One arm, one process, one GPU: a full fine-tuning step of Qwen3-30B-A3B's layer shapes, optimizer inside.
+
+usage      python tests/gpu/one_gpu.py native|moe_accel|reference [--layers 4] [--batch 4] [--sequence 4096]
+prints     one JSON line: ms per step (median of 10 after 4), tok/s, peak GiB, losses, and gradient norms of the first
+           step by kind of parameter
+
+Same model, same weights, same tokens for every arm. `moe_accel` is `Accelerator(parallelism_config=MoEConfig())`.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+
+def build(layers: int) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                vocab_size=151_936,
+                hidden_size=2048,
+                moe_intermediate_size=768,
+                num_experts=128,
+                num_experts_per_tok=8,
+                norm_topk_prob=True,
+                num_hidden_layers=layers,
+                num_attention_heads=32,
+                num_key_value_heads=4,
+                head_dim=128,
+                max_position_embeddings=40_960,
+                use_cache=False,
+                attn_implementation="sdpa",
+                experts_implementation="grouped_mm",
+            )
+        )
+    torch.set_default_dtype(torch.float32)
+    return model.train()
+
+
+def norms_by_kind(model: torch.nn.Module) -> dict[str, float]:
+    """Gradient norm of all layers' parameters of the same name together."""
+    squares: dict[str, float] = defaultdict(float)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            squares[name.split(".", 3)[-1]] += parameter.grad.float().square().sum().item()
+    return {name: math.sqrt(square) for name, square in squares.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arm", choices=["native", "moe_accel", "reference"])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--sequence", type=int, default=4096)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    model = build(args.layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    if args.arm != "native":
+        from accelerate import Accelerator
+
+        from moe_accel import MoEConfig
+
+        kernels = "reference" if args.arm == "reference" else "auto"
+        model, optimizer = Accelerator(parallelism_config=MoEConfig(kernels=kernels)).prepare(model, optimizer)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(151_936, (args.batch, args.sequence), generator=generator).cuda()
+
+    def forward_backward() -> torch.Tensor:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        return loss.detach()
+
+    losses = [forward_backward()]
+    norms = norms_by_kind(model)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    times = []
+    for step in range(14):
+        if step == 4:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        losses.append(forward_backward())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    times = sorted(times[4:])
+    median_ms = times[len(times) // 2]
+    result = vars(args) | {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "median_ms": round(median_ms, 1),
+        "min_ms": round(times[0], 1),
+        "max_ms": round(times[-1], 1),
+        "tok_s": round(args.batch * args.sequence / median_ms * 1e3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "losses": [round(loss.item(), 5) for loss in losses],
+        "norms": norms,
+    }
+    print(json.dumps(result), flush=True)
+    if args.profile:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as prof:
+            forward_backward()
+            torch.cuda.synchronize()
+        print(prof.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=80))
+
+
+if __name__ == "__main__":
+    main()
