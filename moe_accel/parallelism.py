@@ -4,7 +4,7 @@ Accelerate calls `get_device_mesh` on the `ParallelismConfig` it was given, then
 `Accelerator`. The first is where the sizes are settled and the meshes built, the second where the plugin is installed.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from accelerate import ParallelismConfig
@@ -83,16 +83,17 @@ class MoEConfig(ParallelismConfig):
                     f"ep_size={self.ep_size} needs FSDP version 2, not {state.fsdp_plugin.fsdp_version}",
                     "in the accelerate config write\nfsdp_config: {fsdp_version: 2}",
                 )
-            combined = [f"{name}={getattr(self, name)}" for name in ("tp_size", "cp_size", "sp_size")]
-            if self.non_data_parallel_size > 1:
+            others = ("tp_size", "cp_size", "sp_size")
+            combined = [f"{name}={getattr(self, name)}" for name in others if getattr(self, name) > 1]
+            if combined:
                 raise ConfigError(
                     f"ep_size={self.ep_size} cannot be combined with {', '.join(combined)}",
                     "leave tensor, context and sequence parallelism at 1",
                 )
         if not is_fsdp:
             return
-        replicas, others = self._sizes["dp_replicate"], self.non_data_parallel_size
-        fitting = check_ranks(self.ep_size, state.num_processes, replicas, others)
+        replicas = self._sizes["dp_replicate"]
+        fitting = check_ranks(self.ep_size, state.num_processes, replicas, self.non_data_parallel_size)
         if self._dp_shard_given and self.dp_shard_size != fitting:
             raise ConfigError(
                 f"dp_shard_size={self.dp_shard_size} does not fit num_processes={state.num_processes} with "
@@ -106,6 +107,10 @@ class MoEConfig(ParallelismConfig):
         from moe_accel.plugin import install
 
         install(accelerator)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, for `TrainingArguments.to_dict`. Accelerate's own returns nothing, and fails at our mesh."""
+        return asdict(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without meshes: `training_args.bin` is read by other processes."""

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import accelerate.accelerator
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -130,6 +131,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     if config.ep_size > 1:
         refuse_adapted_experts(model)
     checkpoint.install_on_model(accelerator, _unwrapped(model))
+    absent = forget_absent_layers(_unwrapped(model))
 
     kernels = choose_kernels(config.kernels, accelerator.device)
     dispatcher = choose_dispatcher(config.dispatcher, config.ep_size)
@@ -149,6 +151,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         kernels=kernels,
         num_expert_parameters=sum(count for count, _ in counts),
         num_trainable=sum(count for count, trainable in counts if trainable),
+        notes=tuple(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),
     )
 
 
@@ -224,6 +227,19 @@ def refuse_adapted_experts(model: nn.Module) -> None:
             )
 
 
+def forget_absent_layers(model: nn.Module) -> list[str]:
+    """Take layer classes that the model does not have off its list of those to wrap; returns them.
+
+    accelerate 1.15 stops at them: `Qwen3_5MoeForCausalLM` lists the vision block of the multimodal model.
+    """
+    listed: Any = getattr(model, "_no_split_modules", None) or ()
+    present = {type(module).__name__ for module in model.modules()}
+    absent = sorted(set(listed) - present)
+    if absent:
+        setattr(model, "_no_split_modules", set(listed) & present)  # noqa: B010 no Module or Tensor, says pyright
+    return absent
+
+
 def _is_swapped(model: nn.Module) -> bool:
     return all(hasattr(module, "_moe_accel") for module in model.modules() if experts.is_decorated(module))
 
@@ -238,8 +254,10 @@ def _mesh(accelerator: Accelerator) -> Choice:
     config: Any = accelerator.parallelism_config
     ranks = accelerator.num_processes
     if config.ep_size == 1:
-        how = "FSDP2" if accelerator.is_fsdp2 else accelerator.distributed_type.value
-        return Choice(f"{ranks} rank{'s' if ranks > 1 else ''}", f"{how} as accelerate does it, ep_size 1")
+        how = f"{'FSDP2' if accelerator.is_fsdp2 else accelerator.distributed_type.value} as accelerate does it"
+        if accelerator.distributed_type == DistributedType.NO:
+            how = "not distributed"
+        return Choice(f"{ranks} rank{'s' if ranks > 1 else ''}", f"{how}, ep_size 1")
     efsdp = config.dp_shard_size // config.ep_size
     replicas = f"dp_replicate {config.dp_replicate_size} x " if config.dp_replicate_size > 1 else ""
     sparse = f"{replicas}efsdp {efsdp} x ep {config.ep_size}"

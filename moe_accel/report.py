@@ -71,8 +71,8 @@ def say(report: Report) -> None:
 
 
 def short(number: int) -> str:
-    """A count as people say it: 29.0 B, 384 M, 12.3 K, 512."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if number >= size:
+    """A count as people say it, of three digits: 1.03 T, 29 B, 384 M, 12.3 K, 512."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= 0.9995 * size:  # rounds up to 1: 999,999 is 1 M, not 1e+03 K
             return f"{number / size:.3g} {unit}"
     return str(number)

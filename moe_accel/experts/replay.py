@@ -4,17 +4,20 @@ Recompute runs the router again, and a near-tie may fall the other way then. Row
 forward, tensors would get other shapes, and torch stops with a CheckpointError (pytorch#171355). So forward records its
 routing; recompute, which is known by running inside a backward pass, takes it up again and waits for no counts.
 
+Which forward is being recomputed, where several are alive, is told by autograd's sequence numbers, which grow with
+every operation of a thread: recompute starts when a node of its own region asks for a saved tensor, and the record made
+last before that node is the region's. That holds on every rank by itself, whatever tokens it has.
+
 A record lives exactly as long as the autograd graph of its forward: the graph holds it, the module's `Records` refer
 to it weakly. A reentrant checkpoint builds no graph in forward; its recompute routes anew, which is safe there, since
 nothing of the first forward is kept to disagree with.
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_accel.experts.routing import LocalRouting
 
@@ -24,16 +27,16 @@ class Record:
     """The routing of one forward of one experts module.
 
     Attributes:
-        choices: [N,K] what the router chose in forward.
         handle: of the dispatch.
         routing: the received rows, sorted by expert.
-        done: backward has passed.
+        sequence_nr: of autograd in this thread, when the forward was made.
+        replayed: the recompute that took it up last: graph task, and sequence number of the node that started it.
     """
 
-    choices: Tensor
     handle: Any = None
     routing: LocalRouting | None = None
-    done: bool = False
+    sequence_nr: int = field(default_factory=torch.autograd._get_sequence_nr)  # pyright: ignore[reportPrivateImportUsage]
+    replayed: tuple[int, int] | None = None
 
 
 class Records:
@@ -42,34 +45,37 @@ class Records:
     def __init__(self) -> None:
         self._alive: list[weakref.ref[Record]] = []
 
+    def __len__(self) -> int:
+        return len(self._living())
+
     def add(self, record: Record) -> None:
         """Refer to a record, weakly."""
-        self._alive = [each for each in self._alive if each() is not None]
-        self._alive.append(weakref.ref(record))
+        self._alive = [weakref.ref(each) for each in [*self._living(), record]]
 
-    def find(self, choices: Tensor) -> Record | None:
-        """The forward that is being recomputed, or None: outside recompute, or nothing was recorded.
+    def find(self) -> Record | None:
+        """The record of the forward that is being recomputed; None outside recompute, or where none was made.
 
-        Nearly always there is one candidate, and no wait for the device. Of several (two forwards before a backward,
-        or an old loss that still holds its graph) it is the one whose choices agree best with those just made.
+        Raises:
+            RuntimeError: the module runs more than once in one checkpointed region, where records cannot be told apart.
         """
-        if not in_backward():
+        node = torch._C._current_autograd_node() if in_backward() else None
+        if node is None or node.name() == "CheckpointFunctionBackward":  # reentrant: forward left no record
             return None
-        candidates = [record for ref in self._alive if (record := ref()) is not None]
-        candidates = [record for record in candidates if record.choices.shape == choices.shape]
-        waiting = [record for record in candidates if not record.done]
-        if len(waiting) == 1:
-            if choices.numel():
-                share = (waiting[0].choices == choices).float().mean()
-                message = "activation-checkpoint recompute met the routing of another forward"
-                torch.ops.aten._assert_async.msg(share > 0.5, message)
-            return waiting[0]
-        best, agreement = None, 0.5
-        for record in candidates:
-            share = float((record.choices == choices).float().mean()) if choices.numel() else 1.0
-            if share > agreement:
-                best, agreement = record, share
-        return best
+        sequence_nr = node._sequence_nr()
+        record = max(
+            (each for each in self._living() if each.sequence_nr <= sequence_nr),
+            key=lambda each: each.sequence_nr,
+            default=None,
+        )
+        if record is not None:
+            recompute = torch._C._current_graph_task_id(), sequence_nr
+            if record.replayed == recompute:
+                raise RuntimeError("an experts module runs twice in one activation-checkpointed region")
+            record.replayed = recompute
+        return record
+
+    def _living(self) -> list[Record]:
+        return [record for each in self._alive if (record := each()) is not None]
 
 
 def in_backward() -> bool:

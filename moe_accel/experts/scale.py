@@ -14,29 +14,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def scale_gradient(x: Tensor, factor: float, record: Any = None, closes: bool = False) -> Tensor:
+def scale_gradient(x: Tensor, factor: float, keep: Any = None) -> Tensor:
     """x itself; its gradient times `factor`, in its own dtype: exact where the factor is a power of two.
 
     Args:
         x: any tensor.
         factor: what the gradient is multiplied by.
-        record: an object that shall live as long as the autograd graph does.
-        closes: set `record.done` when backward has passed here.
+        keep: an object that shall live as long as the autograd graph does.
     """
-    if factor == 1 and record is None:
+    if factor == 1 and keep is None:
         return x
-    return _ScaleGradient.apply(x, factor, record, closes)  # pyright: ignore[reportReturnType]
+    return _ScaleGradient.apply(x, factor, keep)  # pyright: ignore[reportReturnType]
 
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float, record: Any, closes: bool) -> Tensor:
-        ctx.factor, ctx.record, ctx.closes = factor, record, closes
+    def forward(ctx: Any, x: Tensor, factor: float, keep: Any) -> Tensor:
+        ctx.factor, ctx.keep = factor, keep
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.closes:
-            ctx.record.done = True
-        return gradients[0] * ctx.factor, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0] * ctx.factor, None, None

@@ -1,0 +1,1 @@
+"""Tests that need several processes: gloo on the CPU."""
