@@ -115,7 +115,8 @@ class ExpertLoadCallback(TrainerCallback):
 
     At every log of the Trainer the numbers of `scalars` since the log before go into `state.log_history` and into the
     `logs` that callbacks after this one see; `last` keeps the full `expert_load`. At the end rank 0 prints a table of
-    the last interval to stderr.
+    the last interval to stderr. Trackers (`report_to`) are callbacks before this one; for them put it first:
+    `trainer.callback_handler.callbacks.insert(0, ExpertLoadCallback())`.
 
     Args:
         path: JSON file that rank 0 writes at the end, with the load of every log: [{"step", "load"}, ...].

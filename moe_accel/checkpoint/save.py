@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
@@ -65,9 +66,18 @@ def guard_save_pretrained(original: Callable) -> Callable:
                         f"{pieces[0]}",
                         SAVE_HINT,
                     )
+                tie(self, weights)
         return original(self, save_directory, *args, **kwargs)
 
     return save_pretrained
+
+
+def tie(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Make tied weights one tensor again, in place: each was gathered by itself, and both would be written."""
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        copy, tensor = weights.get(target), weights.get(source)
+        if copy is not None and tensor is not None and copy is not tensor and torch.equal(copy, tensor):
+            copy.set_(tensor)  # pyright: ignore[reportArgumentType]
 
 
 def is_sharded(model: nn.Module) -> bool:
