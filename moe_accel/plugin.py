@@ -151,7 +151,10 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         kernels=kernels,
         num_expert_parameters=sum(count for count, _ in counts),
         num_trainable=sum(count for count, trainable in counts if trainable),
-        notes=tuple(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),
+        notes=(
+            *(["PEFT adapters on the experts are trained"] if adapted_experts(model) else []),
+            *(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),
+        ),
     )
 
 
@@ -219,12 +222,17 @@ def refuse_distributed(model: nn.Module) -> None:
 
 def refuse_adapted_experts(model: nn.Module) -> None:
     """Raise UnsupportedModelError where PEFT adapters sit on the experts, which PEFT cannot compute when spread."""
-    for name, module in model.named_modules():
-        if type(module).__name__ == "ParamWrapper" and any(experts.is_decorated(each) for each in module.modules()):
-            raise UnsupportedModelError(
-                f"{name} has a PEFT adapter (target_parameters), which cannot be trained with ep_size > 1 yet",
-                "ep_size: 1 trains it; adapters on attention (target_modules) work at any ep_size",
-            )
+    for name in adapted_experts(model):
+        raise UnsupportedModelError(
+            f"{name} has a PEFT adapter (target_parameters), which cannot be trained with ep_size > 1 yet",
+            "ep_size: 1 trains it; adapters on attention (target_modules) work at any ep_size",
+        )
+
+
+def adapted_experts(model: nn.Module) -> list[str]:
+    """Names of the modules by which PEFT adapts expert parameters."""
+    named = [(name, module) for name, module in model.named_modules() if type(module).__name__ == "ParamWrapper"]
+    return [name for name, module in named if has_experts(module)]
 
 
 def forget_absent_layers(model: nn.Module) -> list[str]:

@@ -188,10 +188,11 @@ FAMILIES: dict[str, Family] = {
     "hy_v4": _family("HYV4ForCausalLM"),
     "hy_v4_vl": _family("HYV4VLForConditionalGeneration", text_config={"rope_parameters": _mrope(2, 1, 1)}),
     "inkling": _family("InklingForCausalLM", rel_extent=16),
-    "inkling2": _family("Inkling2ForCausalLM", rel_extent=16),
+    "inkling2": _family("Inkling2ForCausalLM", rel_extent=16, unpadded_vocab_size=VOCAB),
     "inkling2_loop": _family(  # runs its middle layers, and so their experts, several times in a forward
         "Inkling2LoopForCausalLM",
         rel_extent=16,
+        unpadded_vocab_size=VOCAB,
         num_hidden_layers=3,
         n_layers_per_attn_res_block=1,
         loop_layer_index_start=1,

@@ -6,6 +6,7 @@
       without FSDP, of an FSDP2 folder        read all the same                           unsharded.py
     Trainer: resume, load_best_model          the experts too; a damaged folder first     load.py, here
     Trainer.save_model, SHARDED_STATE_DICT    hub layout instead of nothing               here
+      of a periodic checkpoint                its folder, so that it can become the best  here
 
 `save_state`, and `load_state` of a whole folder, are accelerate's own: the experts are DTensors under the model's
 names, which torch.distributed.checkpoint reads at any `ep_size`. The extensions act for accelerators that they were
@@ -114,7 +115,10 @@ def _load_from_checkpoint(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def load_from_checkpoint(self: Any, resume_from_checkpoint: Any, model: nn.Module | None = None) -> None:
-        if not _load_into(self, self.model if model is None else model, Path(resume_from_checkpoint)):
+        folder = Path(resume_from_checkpoint)
+        # Trainer loads the optimizer next, if there is one: `save_only_model` leaves it out.
+        num_optimizers = int(any(fsdp_path(folder, OPTIMIZER_NAME, 0, full).exists() for full in (True, False)))
+        if not _load_into(self, self.model if model is None else model, folder, num_optimizers):
             original(self, resume_from_checkpoint, model)
 
     return load_from_checkpoint
@@ -131,8 +135,14 @@ def _load_best_model(original: Callable) -> Callable:
     return load_best_model
 
 
-def _load_into(trainer: Any, model: nn.Module, folder: Path) -> bool:
+def _load_into(trainer: Any, model: nn.Module, folder: Path, num_optimizers: int = 0) -> bool:
     """Load the model of a Trainer checkpoint, where the Trainer itself would lose experts.
+
+    Args:
+        trainer: a Trainer.
+        model: its model, as wrapped as it is.
+        folder: the checkpoint.
+        num_optimizers: how many of its optimizers are to be checked under FSDP2: those that will be loaded.
 
     Returns:
         False where the Trainer's own loading is right: under FSDP2 (after a check of the files), for adapters, and
@@ -142,7 +152,7 @@ def _load_into(trainer: Any, model: nn.Module, folder: Path) -> bool:
     if accelerator not in _installed or not folder.is_dir():
         return False
     if trainer.is_fsdp_enabled and has_fsdp_model(folder):
-        check_state(accelerator, folder, [model], num_optimizers=0)
+        check_state(accelerator, folder, [model], num_optimizers)
         return False
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     adapted = not isinstance(unwrapped, PreTrainedModel) or getattr(unwrapped, "_hf_peft_config_loaded", False)
@@ -161,9 +171,12 @@ def _trainer_save_model(original: Callable) -> Callable:
     def save_model(self: Any, output_dir: Any = None, _internal_call: bool = False) -> Any:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         sharded = plugin is not None and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
-        # A periodic checkpoint has the model in torch.distributed.checkpoint's files, next to the optimizer.
-        periodic = _internal_call and output_dir is not None and not self.args.push_to_hub
-        if self.accelerator not in _installed or not sharded or periodic:
+        if self.accelerator not in _installed or not sharded:
+            return original(self, output_dir, _internal_call)
+        if _internal_call and output_dir is not None and not self.args.push_to_hub:
+            # A periodic checkpoint has the model in torch.distributed.checkpoint's files, next to the optimizer. They
+            # are written after this call; before that, each rank notes it as the best one, if it finds the folder.
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
             return original(self, output_dir, _internal_call)
         with full_state_dict_type(plugin):
             return original(self, output_dir, _internal_call)

@@ -26,7 +26,10 @@ class Handle(Protocol):
 
 
 class Dispatcher(Protocol):
-    """A transport. Every rank of the group must make the same calls in the same order, also with no tokens (N = 0)."""
+    """A transport. Every rank of the group must make the same calls in the same order, also with no tokens (N = 0).
+
+    Backward is a collective call too: what is returned must be used on every rank, x and weights both.
+    """
 
     name: str
     rank: int  # of this process in the group: it holds experts rank * e to (rank + 1) * e - 1

@@ -94,8 +94,8 @@ def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor
     """`combine(experts(dispatch(x)))`, with the gradient scale of `scale.py` around it."""
     dispatcher: Any = settings.dispatcher
     num_local_experts = module.num_experts // settings.ep_size
-    record = settings.records.find()
-    new = Record() if record is None and torch.is_grad_enabled() and not in_backward() else None
+    record = settings.records.find(choices)
+    new = Record(choices) if record is None and torch.is_grad_enabled() and not in_backward() else None
     x = scale_gradient(x, settings.ep_size)
     weights = scale_gradient(weights, settings.ep_size)
     x_r, choices_r, weights_r, handle = dispatcher.dispatch(x, choices, weights, record and record.handle)

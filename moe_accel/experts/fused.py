@@ -62,7 +62,7 @@ class _Pick(torch.autograd.Function):
 
 
 class _Weigh(torch.autograd.Function):
-    """rows [P,C] times weights [P], in the dtype of rows; products and sums over C in the wider of the two dtypes."""
+    """rows [P,C] times weights [P], in the dtype of rows; the weights' gradient sums over C in fp32 at least."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:

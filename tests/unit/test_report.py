@@ -1,0 +1,63 @@
+"""The report in full: what was done to a model, as rank 0 prints it."""
+
+import dataclasses
+
+import pytest
+
+from moe_accel.report import Choice, Report, say, short
+from moe_accel.version import VERSION
+
+REPORT = Report(
+    model="Qwen3MoeForCausalLM",
+    mesh=Choice("experts efsdp 2 x ep 4", "all else dp_shard 8, 8 ranks"),
+    num_swapped=48,
+    experts_classes="Qwen3MoeExperts",
+    num_experts="128",
+    num_local_experts="32",
+    dispatcher=Choice("alltoall", "auto: it needs nothing but torch.distributed"),
+    kernels=Choice("fused", "auto: grouped GEMMs for bf16 on this GPU"),
+    num_expert_parameters=28_991_029_248,
+    num_trainable=28_991_029_248,
+)
+
+PRINTED = f"""\
+moe-accel {VERSION}: Qwen3MoeForCausalLM
+  mesh        experts efsdp 2 x ep 4 (all else dp_shard 8, 8 ranks)
+  experts     48 of 48 layers of Qwen3MoeExperts: 128 experts, 32 on each rank
+  dispatcher  alltoall (auto: it needs nothing but torch.distributed)
+  kernels     fused (auto: grouped GEMMs for bf16 on this GPU)
+  trainable   29 B of 29 B expert parameters
+"""
+
+
+def test_a_report_says_each_choice_with_its_reason_on_stderr(capsys):
+    say(REPORT)
+    assert capsys.readouterr() == ("", PRINTED)
+
+
+def test_frozen_experts_and_notes_are_said(capsys):
+    say(dataclasses.replace(REPORT, num_trainable=0, notes=("gloo on the CPU", "second note")))
+    told = "  trainable   0 of 29 B expert parameters (all experts are frozen)\n"
+    notes = "  note        gloo on the CPU\n  note        second note\n"
+    assert capsys.readouterr().err == PRINTED[: PRINTED.index("  trainable")] + told + notes
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1_000, "1 K"),
+        (12_345, "12.3 K"),
+        (999_499, "999 K"),
+        (999_500, "1 M"),
+        (999_999, "1 M"),
+        (384_000_000, "384 M"),
+        (999_999_999, "1 B"),
+        (28_991_029_248, "29 B"),
+        (671_000_000_000, "671 B"),
+        (1_027_000_000_000, "1.03 T"),
+    ],
+)
+def test_a_count_has_three_digits_and_a_unit(number, text):
+    assert short(number) == text
