@@ -41,7 +41,7 @@ TRAINING = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 1,  # the loss is then the mean over rows, whatever their order
     "train_sampling_strategy": "group_by_length",
-    "num_train_epochs": 6,
+    "num_train_epochs": 5,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
