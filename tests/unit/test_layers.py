@@ -121,3 +121,9 @@ def test_moe_config_has_the_options_and_accelerates_own_fields_and_no_others():
     own = {field.name: field.default for field in dataclasses.fields(MoEConfig)}
     options = {field.name: field.default for field in dataclasses.fields(MoEOptions)}
     assert own == of_accelerate | options
+
+
+def test_pytest_does_not_walk_past_the_tests_on_ranks(pytestconfig):
+    """`dist` is in pytest's own list of folders to leave out."""
+    assert "dist" not in pytestconfig.getini("norecursedirs")
+    assert (pytestconfig.rootpath / "tests" / "dist" / "test_parity_families.py").is_file()
