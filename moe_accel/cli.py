@@ -1,5 +1,7 @@
 """The command line: parse, call, render. Imports neither torch nor accelerate before a command needs them."""
 
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,6 +53,107 @@ def launch(context: typer.Context) -> None:
     from moe_accel.launch import main as run_launcher
 
     run_launcher(context.args)
+
+
+class Layout(StrEnum):
+    """The layouts that `convert --to` writes."""
+
+    stacked = "stacked"
+    per_expert = "per-expert"
+    hub = "hub"
+    te_grouped = "te-grouped"
+    nemo = "nemo"
+    sonicmoe = "sonicmoe"
+
+
+class Verify(StrEnum):
+    """How much `convert` checks."""
+
+    none = "none"
+    header = "header"
+    full = "full"
+
+
+Family = Annotated[Path | None, typer.Option("--family", help="A TOML table of one's own, read before the others.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory to read.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="Directory to write, new or empty.", show_default=False)
+    ],
+    to: Annotated[Layout, typer.Option("--to", help="Layout of the experts.", show_default=False)],
+    family: Family = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    as_json: Json = False,
+    verify: Annotated[Verify, typer.Option(help="What to read back and compare with the source.")] = Verify.full,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that lies in DST.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Default: one a core, at most 4.", min=1)] = None,
+) -> None:
+    """Convert a checkpoint between layouts of its experts, bit for bit, and prove it.
+
+    Nothing is loaded: bytes go from file to file, so memory stays small whatever the model. A file gets its name when
+    it is whole and checked, the index comes last; interrupted or killed, the same command goes on from there.
+
+    [bold]Examples[/bold]
+
+    moe-accel convert Qwen3-30B-A3B Qwen3-30B-A3B-stacked --to stacked
+
+    moe-accel convert my-finetune my-finetune-hub --to per-expert --max-shard-size 4GB --dry-run
+    """
+    from moe_accel.convert.commands import convert as run_convert
+    from moe_accel.convert.run import Options
+    from moe_accel.convert.shards import parse_size
+    from moe_accel.convert.work import default_threads
+
+    size = parse_size(max_shard_size)
+    options = Options(to.value, family, size, verify.value, overwrite, threads or default_threads())
+    raise typer.Exit(run_convert(source, target, options, dry_run, as_json))
+
+
+@app.command()
+def verify(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Directory of safetensors files.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one, in any layout.", show_default=False)],
+    family: Family = None,
+    as_json: Json = False,
+    threads: Annotated[int | None, typer.Option(help="Default: one a core, at most 4.", min=1)] = None,
+) -> None:
+    """Prove that two checkpoints hold the same bits, whatever their layouts; exit 1 with the first differences if not.
+
+    Experts are compared by layer, number and role, everything else by name.
+
+    [bold]Examples[/bold]
+
+    moe-accel verify Qwen3-30B-A3B Qwen3-30B-A3B-stacked
+
+    moe-accel verify before after --json
+    """
+    from moe_accel.convert.commands import verify as run_verify
+
+    raise typer.Exit(run_verify(first, second, family, threads, as_json))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Directory of safetensors files.", show_default=False)],
+    family: Family = None,
+    as_json: Json = False,
+) -> None:
+    """Show what lies in a checkpoint: experts and how they are stored, dtypes, sizes, files. Reads headers only.
+
+    [bold]Examples[/bold]
+
+    moe-accel inspect Qwen3-30B-A3B
+
+    moe-accel inspect Qwen3-30B-A3B --json
+    """
+    from moe_accel.convert.commands import show
+
+    raise typer.Exit(show(path, family, as_json))
 
 
 def main() -> None:

@@ -1,0 +1,218 @@
+"""What `moe-accel convert`, `verify` and `inspect` print: results on stdout, progress and complaints on stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moe_accel.convert import run
+from moe_accel.convert.inspect import Contents, inspect
+from moe_accel.convert.verify import MismatchError, compare
+from moe_accel.convert.work import Progress, silent
+
+SCHEMA = 1
+SHOWN = 10
+"""Lines shown of a list that can be long; `--json` has all of it."""
+EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+def convert(source: Path, target: Path, options: run.Options, dry_run: bool, as_json: bool) -> int:
+    """Convert, or say what would be done; returns the exit status."""
+    job = run.prepare(source, target, options)
+    if dry_run:
+        _print_json(_job_record(job)) if as_json else _print_job(job)
+        return 0
+    try:
+        totals = {"copy": job.num_bytes} | ({"check": 2 * job.num_bytes} if options.verify == "full" else {})
+        with _progress(totals) as progress:
+            report = run.execute(job, progress)
+    except MismatchError as error:
+        return _check_failed(error)
+    except KeyboardInterrupt:
+        print("interrupted: no unfinished file has its final name, and there is no index", file=sys.stderr)
+        print("hint: run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if as_json:
+        done = {"seconds": round(report.seconds, 3), "written": report.written, "kept": report.kept}
+        _print_json(_job_record(job) | done | {"digests": report.num_digests})
+        return 0
+    _print_job(job)
+    kept = f", {len(report.kept)} of them whole from an earlier run" if report.kept else ""
+    checked = f"{report.num_digests} digests equal" if options.verify == "full" else f"checked: {options.verify}"
+    rate = _size(job.num_bytes / max(report.seconds, 1e-9))
+    print(f"{target}: {len(job.shards)} files{kept}, {checked}, {report.seconds:.1f} s, {rate}/s")
+    return 0
+
+
+def verify(first: Path, second: Path, family: Path | None, threads: int | None, as_json: bool) -> int:
+    """Compare two checkpoints; returns the exit status."""
+    try:
+        with _progress({"check": None}) as progress:
+            found = compare(first, second, family, threads, progress)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if as_json:
+        record = {"equal": not found.differences, "experts": found.num_parts, "tensors": found.num_tensors}
+        _print_json({"command": "verify", **record, "bytes": found.num_bytes, "differences": found.differences})
+    elif not found.differences:
+        print(f"equal: {found.num_parts} expert matrices, {found.num_tensors} other tensors, {_size(found.num_bytes)}")
+    else:
+        print(f"different in {len(found.differences)} places")
+        _print_some(found.differences)
+    return EXIT_CHECK_FAILED if found.differences else 0
+
+
+def show(folder: Path, family: Path | None, as_json: bool) -> int:
+    """Describe a checkpoint; returns the exit status."""
+    found = inspect(folder, family)
+    _print_json(_contents_record(found)) if as_json else _print_contents(found)
+    return 0
+
+
+def _check_failed(error: MismatchError) -> int:
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return EXIT_CHECK_FAILED
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    print(json.dumps({"schema": SCHEMA, **record}, indent=2))
+
+
+def _print_some(lines: tuple[str, ...], indent: str = "  ") -> None:
+    for line in lines[:SHOWN]:
+        print(indent + line)
+    if len(lines) > SHOWN:
+        print(f"{indent}and {len(lines) - SHOWN} more; --json lists all")
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.2f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} TB"
+
+
+def _table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(
+            column, justify="right" if column in ("layers", "experts", "size") else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
+
+
+def _job_record(job: run.Job) -> dict[str, Any]:
+    return {
+        "command": "convert",
+        "to": job.options.to,
+        "plan_id": job.plan_id,
+        "bytes": job.num_bytes,
+        "layouts": [
+            {
+                "prefix": each.prefix,
+                "source": each.source,
+                "target": each.target,
+                "layers": each.num_layers,
+                "experts": each.num_experts,
+            }
+            for each in job.plan.layouts
+        ],
+        "files": {shard.name: shard.file_bytes for shard in job.shards},
+        "tensors": len(job.plan.outputs),
+        "passed_through": job.plan.passed_through,
+        "copied_files": job.checkpoint.others,
+        "left_out": job.checkpoint.left_out,
+        "notes": job.plan.notes,
+    }
+
+
+def _print_job(job: run.Job) -> None:
+    rows = [
+        (each.prefix, str(each.num_layers), str(each.num_experts), each.source, each.target)
+        for each in job.plan.layouts
+    ]
+    _table("Experts", ["prefix", "layers", "experts", "from", "to"], rows)
+    print(
+        f"{len(job.plan.outputs)} tensors, {_size(job.num_bytes)} in {len(job.shards)} files; "
+        f"{len(job.plan.passed_through)} tensors pass through unchanged, "
+        f"{len(job.checkpoint.others)} other files go along"
+    )
+    for note in job.plan.notes:
+        print(f"note: {note}")
+    if job.checkpoint.left_out:
+        print("not taken along, in formats that are not read:")
+        _print_some(job.checkpoint.left_out)
+
+
+def _contents_record(found: Contents) -> dict[str, Any]:
+    return {
+        "command": "inspect",
+        "model_type": found.checkpoint.model_type,
+        "experts": [
+            {
+                "prefix": each.prefix,
+                "layers": each.num_layers,
+                "experts": each.num_experts,
+                "stored": each.stored,
+                "roles": each.roles,
+                "bytes": each.num_bytes,
+            }
+            for each in found.experts
+        ],
+        "dtypes": found.dtypes,
+        "tensors": len(found.checkpoint.tensors),
+        "other_tensors": found.num_other_tensors,
+        "other_bytes": found.other_bytes,
+        "files": found.file_bytes,
+    }
+
+
+def _print_contents(found: Contents) -> None:
+    print(f"{found.checkpoint.folder}  model_type {found.checkpoint.model_type or 'unknown'}")
+    rows = [
+        (x.prefix, str(x.num_layers), str(x.num_experts), x.stored, "\n".join(x.roles), _size(x.num_bytes))
+        for x in found.experts
+    ]
+    if rows:
+        _table("Experts", ["prefix", "layers", "experts", "stored", "matrices", "size"], rows)
+    else:
+        print("no experts in a layout that is known")
+    print(f"{found.num_other_tensors} other tensors, {_size(found.other_bytes)}")
+    print("dtypes: " + ", ".join(f"{dtype} {_size(size)}" for dtype, size in found.dtypes.items()))
+    sizes = tuple(f"{name}  {_size(size)}" for name, size in found.file_bytes.items())
+    print(f"{len(sizes)} files, {_size(sum(found.file_bytes.values()))}")
+    _print_some(sizes)
+
+
+@contextmanager
+def _progress(totals: Mapping[str, int | None]) -> Iterator[Progress]:
+    """A bar a stage on stderr, with rate and time left; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+        tasks = {kind: bars.add_task(kind, total=total) for kind, total in totals.items()}
+        yield _advance(bars.advance, tasks)
+
+
+def _advance(advance: Callable[..., None], tasks: dict[str, Any]) -> Progress:
+    def told(kind: str, num_bytes: int) -> None:
+        if kind in tasks:
+            advance(tasks[kind], num_bytes)
+
+    return told

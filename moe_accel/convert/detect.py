@@ -1,0 +1,396 @@
+"""Which experts a checkpoint holds, and how: tensor names matched with the families' layouts, confirmed by shapes.
+
+A `Group` is the experts of one layer in one layout. Names decide which layouts are possible, the model_type which
+family is meant, shapes
+which way round the matrices lie; what is still undecided is an error, never a guess.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+
+from moe_accel.convert.layout import ExpertLayout, Families, Family, Slot
+from moe_accel.convert.regions import Tensor
+from moe_accel.errors import CheckpointError
+
+_NUMBER = re.compile(r"(?:(?<=\.)|^|(?<=expert_)|(?<=\.weight)|(?<=\.bias))\d+(?=\.|$)")
+PACKED = frozenset({"U8", "I8", "I32", "F4", "F6_E2M3", "F6_E3M2"})  # several numbers, or a part of one, in an element
+STACKED = -1  # the expert of a tensor that holds all
+MODEL_TYPE_HINT = "model_type in config.json names the family; --family FILE describes one of your own"
+
+Key = tuple[Slot, str, int]  # slot, suffix of the companion ("" the weight itself), branch
+
+
+@dataclass(eq=False)
+class Group:
+    """The experts of one layer in one layout. `members`: tensors by what they are, then by expert (`STACKED`: all
+    experts in one)."""
+
+    family: Family
+    layout: ExpertLayout
+    layer: str
+    block: str
+    members: dict[Key, dict[int, Tensor]] = field(default_factory=dict)
+    num_experts: int = 0
+    gated: bool = True
+
+    @property
+    def moe(self) -> str:
+        """Path of the MoE module: layer and block."""
+        return f"{self.layer}.{self.block}" if self.block else self.layer
+
+    @property
+    def prefix(self) -> str:
+        """The same for all layers of a tower: model.layers.*.mlp."""
+        return self.moe.replace(self.layer, re.sub(r"\d+$", "*", self.layer), 1)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of the group."""
+        for of in self.members.values():
+            yield from of.values()
+
+    def roles(self, slot: Slot) -> tuple[str, ...]:
+        """The roles a slot holds here: a family without a gate has up alone in a target's gate_up."""
+        return slot.roles if self.gated else tuple(role for role in slot.roles if role != "gate")
+
+
+@dataclass(frozen=True)
+class _Hit:
+    family: Family
+    layout: ExpertLayout
+    slot: Slot
+    suffix: str
+    branch: int
+    block: str
+    layer: str  # a %-format of the numbers
+    layer_numbers: int
+    expert_at: int | None
+
+
+def detect(
+    tensors: Mapping[str, Tensor], families: Families, model_type: str | None, num_experts: int | None = None
+) -> list[Group]:
+    """The experts of every layer, in the order in which they appear.
+
+    Raises:
+        CheckpointError: experts are missing, disagree, lie in two layouts at once, or in one of several layouts that
+            names and shapes
+            cannot tell apart. Lists the first ten problems.
+    """
+    layers = _match(tensors, families, model_type)
+    problems: list[str] = []
+    groups = []
+    for candidates in layers.values():
+        group = _choose(candidates, tensors, model_type, problems)
+        if group is not None:
+            groups.append(group)
+    most: dict[str, int] = {}
+    for group in groups:
+        most[group.prefix] = max(most.get(group.prefix, 0), group.num_experts)
+    for group in groups:
+        expected = most[group.prefix]
+        if group.num_experts < expected:
+            gone = ranges(range(group.num_experts, expected))
+            problems.append(f"experts {gone} of {expected} missing in {group.moe}, which other layers have")
+        if num_experts is not None and group.num_experts != num_experts and not group.family.partial_down:
+            problems.append(f"{group.moe} has {group.num_experts} experts, config.json says {num_experts}")
+    if problems:
+        shown = problems[:10] + ([f"and {len(problems) - 10} more problems"] if len(problems) > 10 else [])
+        raise CheckpointError("experts cannot be converted:\n" + "\n".join(f"  - {problem}" for problem in shown))
+    return groups
+
+
+def _match(
+    tensors: Mapping[str, Tensor], families: Families, model_type: str | None
+) -> dict[str, dict[ExpertLayout, Group]]:
+    """By layer, every layout that names allow."""
+    patterns = list(_patterns(families, model_type))
+    known: dict[str, list[_Hit]] = {}
+    layers: dict[str, dict[ExpertLayout, Group]] = {}
+    for name, tensor in tensors.items():
+        if "#" in name:
+            continue
+        numbers = _NUMBER.findall(name)
+        template = _NUMBER.sub("#", name)
+        hits = known.get(template)
+        if hits is None:
+            hits = known[template] = _hits(template, patterns, model_type)
+        for hit in hits:
+            expert = STACKED if hit.expert_at is None else numbers[hit.expert_at]
+            if expert != STACKED and str(int(expert)) != expert:
+                continue
+            layer = hit.layer % tuple(numbers[: hit.layer_numbers])
+            of = layers.setdefault(layer, {})
+            group = of.get(hit.layout)
+            if group is None:
+                group = of[hit.layout] = Group(hit.family, hit.layout, layer, hit.block)
+            group.members.setdefault((hit.slot, hit.suffix, hit.branch), {})[int(expert)] = tensor
+    return {layer: of for layer, of in layers.items() if _main(of)}
+
+
+def _main(candidates: Mapping[ExpertLayout, Group]) -> bool:
+    return any(group.members for group in candidates.values())
+
+
+def _patterns(
+    families: Families, model_type: str | None
+) -> Iterator[tuple[Family, ExpertLayout, Slot, str, re.Pattern[str]]]:
+    """Every pattern of a name, the most wanted family first: the user's, the one of the model_type, the default, the
+    others."""
+
+    def rank(family: Family) -> int:
+        wanted = (family.user, model_type in family.model_types, family.default)
+        return wanted.index(True) if any(wanted) else len(wanted)
+
+    layouts = sorted(families.layouts(), key=lambda pair: rank(pair[0]))
+    named = next((family for family, _ in layouts if rank(family) < 2), families.default)
+    layouts += [(named, layout) for layout in families.targets.values()]
+    for family, layout in layouts:
+        for slot in layout.slots:
+            for suffix in ("", *families.companions):
+                yield family, layout, slot, suffix, _regex(layout, layout.companion(slot, suffix))
+
+
+@cache
+def _regex(layout: ExpertLayout, pattern: str) -> re.Pattern[str]:
+    """Of a template: a name with every number that stands alone replaced by #."""
+    layer = r"(?P<layer>(?:.+\.)?#)"
+    if layout.blocks is None:
+        block = r"(?:\.(?P<block>[^#]+?))?"
+    else:
+        names = "|".join(re.escape(name) for name in layout.blocks if name)
+        block = rf"(?:\.(?P<block>{names}))" + ("?" if "" in layout.blocks else "") if names else "(?P<block>)"
+    parts = {
+        "{layer}": layer,
+        "{moe}": layer + block,
+        "{e}": "(?P<e>#)",
+        "{branch}": f"(?P<branch>{'|'.join(map(re.escape, layout.branches))})",
+    }
+    return re.compile("".join(parts.get(piece, re.escape(piece)) for piece in re.split(r"(\{\w+\})", pattern)))
+
+
+def _physical(layout: ExpertLayout) -> tuple[object, ...]:
+    """Layouts with the same of these hold the same numbers at the same places under the same names."""
+    return layout.slots, layout.order, layout.transposed, layout.flat, layout.branches
+
+
+def _hits(template: str, patterns: list, model_type: str | None) -> list[_Hit]:
+    found: dict[tuple[object, ...], _Hit] = {}
+    wanted = False
+    for family, layout, slot, suffix, regex in patterns:
+        ours = family.user or model_type in family.model_types
+        if wanted and not ours:
+            break
+        match = regex.fullmatch(template)
+        if match is None:
+            continue
+        wanted = wanted or ours
+        of = match.groupdict()
+        hit = _Hit(
+            family,
+            layout,
+            slot,
+            suffix,
+            layout.branches.index(of["branch"]) if of.get("branch") else 0,
+            of.get("block") or "",
+            of["layer"].replace("%", "%%").replace("#", "%s"),
+            of["layer"].count("#"),
+            template[: match.start("e")].count("#") if "e" in of else None,
+        )
+        found.setdefault((*_physical(layout), layout.biased, slot, suffix), hit)
+    return list(found.values())
+
+
+def _choose(
+    candidates: Mapping[ExpertLayout, Group], tensors: Mapping[str, Tensor], model_type: str | None, problems: list[str]
+) -> Group | None:
+    """The one layout that names and shapes leave; None, with the reason in `problems`, where there is none or more."""
+    names = {layout: {tensor.name for tensor in group.tensors()} for layout, group in candidates.items()}
+    left = [group for layout, group in candidates.items() if not any(names[layout] < other for other in names.values())]
+    found = [(group, check(group, tensors)) for group in left]
+    fit = [group for group, wrong in found if not wrong]
+    if not fit:
+        problems += min((wrong for _, wrong in found), key=len)
+        return None
+    first = fit[0]
+    for other in fit[1:]:
+        if names[other.layout] != names[first.layout]:
+            both = [sorted(names[group.layout])[0] for group in (first, other)]
+            problems.append(f"{first.layer} has its experts twice, as {both[0]} and as {both[1]}")
+            return None
+        if _physical(other.layout) != _physical(first.layout):
+            kinds = " or ".join(f"{group.family.name} {group.layout.name}" for group in fit)
+            said = f"model_type {model_type!r} does not decide" if model_type else "there is no model_type to decide"
+            problems.append(f"{first.moe}: its experts could be {kinds}, and {said}; hint: {MODEL_TYPE_HINT}")
+            return None
+    return first
+
+
+def check(group: Group, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What keeps this group from being read in its layout; also counts its experts."""
+    layout, slots = group.layout, {slot for slot, _, _ in group.members}
+    have = {role for slot in slots for role in slot.roles}
+    lacking = [role for role in layout.roles if role not in have]
+    if lacking:
+        there = ", ".join(role for role in layout.roles if role in have)
+        return [f"{there} without {' and '.join(lacking)} in {group.moe}"]
+    biased = any(suffix == "bias" for _, suffix, _ in group.members)
+    if layout.biased is not None and biased != layout.biased:
+        return [
+            f"{group.moe}: {group.family.name} {layout.name} has {'' if layout.biased else 'no '}biases, these experts {'do' if biased else 'do not'}"  # noqa: E501
+        ]
+    counted = _count(group, tensors)
+    group.gated = _gated(group)
+    return counted or _uniform(group) or _fits(group)
+
+
+def _count(group: Group, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Sets `num_experts`; says which experts are missing."""
+    seen = {key: set(of) for key, of in group.members.items()}
+    if group.layout.flat:
+        name = group.layout.flat.replace("{moe}", group.moe).replace("{layer}", group.layer)
+        if name not in tensors or not tensors[name].shape:
+            return [f"{group.moe}: {name} is missing, which tells the number of experts"]
+        group.num_experts = tensors[name].shape[0]
+        return []
+    if all(of == {STACKED} for of in seen.values()):
+        sizes = {branch: 0 for _, _, branch in group.members}
+        for (_, _, branch), of in group.members.items():
+            shape = of[STACKED].shape
+            sizes[branch] = max(sizes[branch], shape[0] if shape else 0)
+        missing = [name for index, name in enumerate(group.layout.branches) if index not in sizes]
+        group.num_experts = sum(sizes.values())
+        return [f"{' and '.join(missing)} missing in {group.moe}"] if missing else []
+    group.num_experts = 1 + max(max(of) for of in seen.values())
+    everyone = set(range(group.num_experts))
+    gone = {key: sorted(everyone - of) for key, of in seen.items() if everyone - of}
+    if group.family.partial_down:
+        gone = {key: of for key, of in gone.items() if key[0].roles != ("down",) or max(seen[key]) > of[0]}
+    if not gone:
+        return []
+    if len(gone) == len(seen) and len({tuple(of) for of in gone.values()}) == 1:
+        return [f"experts {ranges(next(iter(gone.values())))} of {group.num_experts} missing in {group.moe}"]
+    said = []
+    for (slot, suffix, _), of in gone.items():
+        leaf = group.layout.companion(slot, suffix).rpartition("{e}.")[2]
+        said.append(f"{leaf} of experts {ranges(of)} of {group.num_experts} missing in {group.moe}")
+    return said
+
+
+def chunks(group: Group) -> list[int]:
+    """First expert of each branch, and the number of experts: [0, E] where the family has no branches."""
+    num = max((len(layout.branches) for layout in group.family.layouts.values()), default=0) or 1
+    if group.layout.branches:
+        ends, key = [0], next(slot for slot in group.layout.slots)
+        for index in range(len(group.layout.branches)):
+            ends.append(ends[-1] + group.members[key, "", index][STACKED].shape[0])
+        return ends
+    size = -(-group.num_experts // num)
+    return [min(index * size, group.num_experts) for index in range(num + 1)]
+
+
+def _uniform(group: Group) -> list[str]:
+    """Experts of a group must agree in dtype and shape."""
+    if any(of.keys() == {STACKED} for of in group.members.values()):
+        return []
+    said = []
+    for of in group.members.values():
+        for low, high in pairwise(chunks(group)):
+            several = [of[e] for e in range(low, high) if e in of]
+            other = next((t for t in several if (t.dtype, t.shape) != (several[0].dtype, several[0].shape)), None)
+            if other is not None:
+                what = "dtypes" if other.dtype != several[0].dtype else "shapes"
+                said.append(f"{what} differ inside a group: {_of(several[0])} and {_of(other)}")
+    return said
+
+
+def _fits(group: Group) -> list[str]:
+    """The shapes of gate, up and down must belong together when read in this layout."""
+    mains: dict[int, dict[str, tuple[tuple[int, int], Tensor]]] = {}
+    starts = chunks(group)[:-1]
+    for (slot, suffix, branch), of in group.members.items():
+        if suffix:
+            continue
+        for at, tensor in (
+            [(branch, of[STACKED])] if STACKED in of else [(i, of[e]) for i, e in enumerate(starts) if e in of]
+        ):
+            size = sizes(group, slot, tensor)
+            if size is None:
+                return [
+                    f"{group.moe}: {_of(tensor)} cannot be {group.family.name} {group.layout.name}: {_form(group, slot)}"  # noqa: E501
+                ]
+            mains.setdefault(at, {}).update({role: (size, tensor) for role in group.roles(slot)})
+    for found in mains.values():
+        tensors = [tensor for _, tensor in found.values()]
+        if "gate" in found and "up" in found:
+            (one, gate), (two, up) = found["gate"], found["up"]
+            if gate.dtype != up.dtype:
+                return [f"dtypes differ inside a group: {_of(gate)} and {_of(up)}"]
+            if one != two:
+                return [f"shapes differ inside a group: {_of(gate)} and {_of(up)}"]
+        if "up" in found and "down" in found and not any(tensor.dtype in PACKED for tensor in tensors):
+            (one, up), (two, down) = found["up"], found["down"]
+            if one != two[::-1]:
+                return [
+                    f"{group.moe}: {_of(up)} and {_of(down)} do not fit together as {group.family.name} {group.layout.name}"  # noqa: E501
+                ]
+        counts = {tensor.shape[0] for tensor in tensors if tensor.shape} if not group.family.partial_down else set()
+        if len(counts) > 1 and not group.layout.flat and not any(slot.per_expert for slot in group.layout.slots):
+            return [f"{group.moe}: {_of(tensors[0])} and {_of(tensors[-1])} hold different numbers of experts"]
+    return []
+
+
+def _gated(group: Group) -> bool:
+    """Whether there is a gate: in another tool's layout, a family without one has as many rows of up as columns of
+    down."""
+    if "gate" not in group.layout.roles or group.layout.blocks is not None:
+        return "gate" in group.layout.roles
+    whole = []
+    for slot in group.layout.slots:
+        of = group.members.get((slot, "", 0), {})
+        whole.append(size_of(group, slot, next(iter(of.values())), 1) if of else None)
+    return None in whole or whole[0] != whole[1][::-1]
+
+
+def sizes(group: Group, slot: Slot, tensor: Tensor) -> tuple[int, int] | None:
+    """(rows, columns) of one matrix in a weight's tensor; None where the shape is impossible."""
+    return size_of(group, slot, tensor, len(group.roles(slot)))
+
+
+def size_of(group: Group, slot: Slot, tensor: Tensor, num: int) -> tuple[int, int] | None:
+    """As `sizes`, for a tensor that holds `num` roles."""
+    shape = tensor.shape
+    if group.layout.flat:
+        if len(shape) != 2 or shape[0] % group.num_experts:
+            return None
+        shape = (shape[0] // group.num_experts, shape[1])
+    elif not slot.per_expert:
+        shape = shape[1:]
+    if len(shape) != 2:
+        return None
+    rows, cols = reversed(shape) if slot.roles[-1] in group.layout.transposed else shape
+    return None if rows % num else (rows // num, cols)
+
+
+def _form(group: Group, slot: Slot) -> str:
+    dims = "rows, columns" if slot.roles[-1] not in group.layout.transposed else "columns, rows"
+    return f"expected [{'' if slot.per_expert or group.layout.flat else 'experts, '}{dims}]" + (
+        ", rows even" if len(slot.roles) == 2 else ""
+    )
+
+
+def _of(tensor: Tensor) -> str:
+    return f"{tensor.name} {tensor.dtype} {list(tensor.shape)}"
+
+
+def ranges(numbers: "range | list[int]") -> str:
+    """3-7, 12 for 3, 4, 5, 6, 7, 12."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)

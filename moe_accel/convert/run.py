@@ -1,0 +1,325 @@
+"""A conversion from first to last: read headers, plan, copy, check, publish.
+
+prepare    headers -> plan -> shards -> operations on bytes; nothing is written, all that can be wrong is found
+execute    claim the directory; each shard: copy, sync, check, rename; then manifest and index
+"""
+
+import gc
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from moe_accel.convert.copy import Copier, Files, Stopped
+from moe_accel.convert.headers import read_header
+from moe_accel.convert.layout import load_families
+from moe_accel.convert.lower import Operation, batches, coalesce, lower_output
+from moe_accel.convert.manifest import make_manifest
+from moe_accel.convert.plan import make_plan
+from moe_accel.convert.plan import parts as parts_of
+from moe_accel.convert.regions import Part, Plan, Region, Tensor
+from moe_accel.convert.shards import INDEX, Shard, make_index, pack
+from moe_accel.convert.source import MANIFEST, Checkpoint, open_checkpoint
+from moe_accel.convert.target import Target, refuse_overlap, writing
+from moe_accel.convert.verify import Checker, MismatchError
+from moe_accel.convert.work import BATCH_BYTES, Progress, default_threads, run_all, silent, workers
+from moe_accel.errors import CheckpointError, ConfigError
+from moe_accel.version import VERSION
+
+VERIFY_LEVELS = ("none", "header", "full")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose."""
+
+    to: str
+    family: Path | None = None
+    max_shard_bytes: int = 5_000_000_000
+    verify: str = "full"
+    overwrite: bool = False
+    threads: int = field(default_factory=default_threads)
+
+    def __post_init__(self) -> None:
+        if self.verify not in VERIFY_LEVELS:
+            raise ConfigError(f"verify={self.verify!r} must be one of {', '.join(VERIFY_LEVELS)}")
+        if self.threads < 1:
+            raise ConfigError(f"threads={self.threads} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that can begin."""
+
+    checkpoint: Checkpoint
+    target: Path
+    options: Options
+    plan: Plan
+    shards: list[Shard]
+    operations: dict[str, list[Operation]]
+    find_parts: Callable[[], tuple[list[Part], list[Part]]]
+    plan_id: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensors to write."""
+        return sum(shard.file_bytes - len(shard.header) for shard in self.shards)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What will be written, by name."""
+        return {each.name: Tensor(each.name, each.dtype, each.shape) for each in self.plan.outputs}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done."""
+
+    job: Job
+    written: tuple[str, ...]
+    kept: tuple[str, ...]
+    num_digests: int
+    seconds: float
+
+
+def prepare(source: Path, target: Path, options: Options) -> Job:
+    """Plan a conversion down to the bytes. Reads headers only, writes nothing.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or cannot take that layout exactly.
+        ConfigError: an option or a family file is wrong.
+    """
+    refuse_overlap(source, target)
+    with _no_garbage_collection():
+        return _prepare(source, target, options)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Planning makes a few objects a tensor and drops none: looking for garbage among them doubles the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _prepare(source: Path, target: Path, options: Options) -> Job:
+    checkpoint = open_checkpoint(source)
+    families = load_families(options.family)
+    plan = make_plan(checkpoint.tensors, options.to, families, checkpoint.model_type)
+
+    def find_parts() -> tuple[list[Part], list[Part]]:
+        written = {each.name: Tensor(each.name, each.dtype, each.shape) for each in plan.outputs}
+        both = (checkpoint.tensors, written)
+        before, after = (list(parts_of(tensors, families, checkpoint.model_type)) for tensors in both)
+        return before, after
+
+    return make_job(checkpoint, target, options, plan, find_parts)
+
+
+def make_job(
+    checkpoint: Checkpoint,
+    target: Path,
+    options: Options,
+    plan: Plan,
+    find_parts: Callable[[], tuple[list[Part], list[Part]]],
+) -> Job:
+    """A job of a plan: shards, operations on bytes, plan id.
+
+    `find_parts` gives the parts of the source and of what will be written; it is called when they are checked.
+    """
+    shards = pack(plan.outputs, options.max_shard_bytes, checkpoint.metadata)
+    lowered = {shard.name: lower_shard(checkpoint, shard) for shard in shards}
+    name = plan_id(checkpoint, options, shards)
+    return Job(checkpoint, target, options, plan, shards, lowered, find_parts, name)
+
+
+def locate(checkpoint: Checkpoint, tensor: str) -> tuple[Path, int]:
+    """File and first byte of a tensor."""
+    header = checkpoint.headers[checkpoint.file_of[tensor]]
+    return header.file, header.starts[tensor]
+
+
+def lower_shard(checkpoint: Checkpoint, shard: Shard) -> list[Operation]:
+    """What writes the data of one file, in the order of its bytes."""
+    sources, where = checkpoint.tensors, partial(locate, checkpoint)
+    return coalesce(op for out in shard.outputs for op in lower_output(out, shard.starts[out.name], sources, where))
+
+
+def plan_id(checkpoint: Checkpoint, options: Options, shards: Iterable[Shard]) -> str:
+    """Equal for two runs that would write the same bytes from files that nobody touched in between."""
+    state = hashlib.sha256(f"{VERSION} {options.to} {options.max_shard_bytes}".encode())
+    for name, header in sorted(checkpoint.headers.items()):
+        state.update(f"\0{name} {header.file_bytes} {header.mtime_ns}".encode() + header.raw)
+    if options.family is not None:
+        state.update(options.family.read_bytes())
+    for shard in shards:
+        state.update(shard.name.encode() + shard.header)
+    return state.hexdigest()[:16]
+
+
+def execute(job: Job, progress: Progress = silent) -> Report:
+    """Write, check and publish what `job` says. After an error or a kill, the same job goes on from there.
+
+    Raises:
+        CheckpointError: the target cannot be written, or a source file changed meanwhile.
+        MismatchError: what was written is not what was read.
+    """
+    start = time.perf_counter()
+    target = Target(job.target, job.plan_id)
+    target.lock()
+    try:
+        names = {shard.name: shard.file_bytes for shard in job.shards}
+        checkpoint = job.checkpoint
+        names |= {name: _size(checkpoint.folder / name) for name in checkpoint.others}
+        index = make_index(job.shards, checkpoint.index_metadata) if len(job.shards) > 1 else None
+        names |= {INDEX: len(index)} if index else {}
+        target.claim(names, job.options.overwrite)
+        for name in checkpoint.others:
+            target.copy_in(checkpoint.folder / name, name)
+        parts = job.find_parts() if job.options.verify == "full" else ([], [])
+        kept, digests = _write_shards(job, target, parts, progress)
+        files = {shard.name: shard.file_bytes for shard in job.shards}
+        content = make_manifest(job.plan_id, job.options.to, files, job.tensors, parts[1], digests)
+        target.write(MANIFEST, content)
+        if index:
+            target.write(INDEX, index)
+    finally:
+        target.unlock()
+    written = tuple(shard.name for shard in job.shards if shard.name not in kept)
+    return Report(job, written, tuple(kept), len(digests), time.perf_counter() - start)
+
+
+def _size(file: Path) -> int:
+    with suppress(OSError):
+        return file.stat().st_size
+    return 0
+
+
+def _write_shards(
+    job: Job, target: Target, parts: tuple[list[Part], list[Part]], progress: Progress
+) -> tuple[list[str], dict[Region, str]]:
+    files = Files()
+    checker = Checker(files, job.checkpoint, partial(progress, "check"))
+    copier = Copier(files, partial(progress, "copy"))
+    kept: list[str] = []
+    unfinished: set[str] = set()
+    finishing: list[Future[None]] = []
+    try:
+        with workers(job.options.threads, files) as pool, ThreadPoolExecutor(1) as finisher:
+            try:
+                for shard in job.shards:
+                    if _is_whole(job.target / shard.name, shard):
+                        kept.append(shard.name)
+                        progress("copy", shard.file_bytes - len(shard.header))
+                        _check_kept(pool, checker, job, shard)
+                        continue
+                    unfinished.add(shard.name)
+                    _copy_shard(pool, copier, job, target, shard)
+                    finishing.append(finisher.submit(_finish, pool, checker, job, target, shard, unfinished))
+                    _raise_first(finishing[:-1])
+                _raise_first(finishing, wait=True)
+                digests = _check_all(pool, checker, job, parts)
+            except BaseException:
+                files.stop.set()  # before the finisher is waited for
+                raise
+    except BaseException as error:
+        for name in unfinished:
+            with suppress(OSError):
+                target.temporary(name).unlink()
+        if isinstance(error, Stopped):
+            _raise_first(finishing, wait=True)
+        raise
+    return kept, digests
+
+
+def _check_kept(pool: ThreadPoolExecutor, checker: Checker, job: Job, shard: Shard) -> None:
+    if job.options.verify != "full":
+        return
+    file = job.target / shard.name
+    try:
+        checker.check_copies(pool, file, shard)
+    except MismatchError as error:
+        hint = f"{file} was damaged after it was written: remove it and run the same command again"
+        raise MismatchError(error.message, hint) from error
+
+
+def _check_all(
+    pool: ThreadPoolExecutor, checker: Checker, job: Job, parts: tuple[list[Part], list[Part]]
+) -> dict[Region, str]:
+    """What can be said only when everything is written; if it is not as it should be, nothing stays published."""
+    try:
+        _check_unchanged(job.checkpoint)
+        if job.options.verify != "full":
+            return {}
+        digests = checker.all_digests(pool, job.target, job.shards, parts[1])
+        checker.check_parts(*parts, digests)
+        return digests
+    except CheckpointError:
+        for shard in job.shards:
+            with suppress(OSError):
+                (job.target / shard.name).unlink()
+        raise
+
+
+def _raise_first(futures: list[Future[None]], wait: bool = False) -> None:
+    """Raise what went wrong in one of them, if something did; what stopped the others counts before their stopping."""
+    failures = [error for each in futures if (wait or each.done()) and (error := each.exception())]
+    for error in sorted(failures, key=lambda each: isinstance(each, Stopped)):
+        raise error
+
+
+def _is_whole(file: Path, shard: Shard) -> bool:
+    if not file.exists():
+        return False
+    with suppress(CheckpointError):
+        return read_header(file).raw == shard.header and file.stat().st_size == shard.file_bytes
+    return False
+
+
+def _copy_shard(pool: ThreadPoolExecutor, copier: Copier, job: Job, target: Target, shard: Shard) -> None:
+    temporary = target.create(shard.name, shard.header, shard.file_bytes)
+
+    def needed_bytes() -> int:
+        done = sum(each.file_bytes for each in job.shards if (job.target / each.name).exists())
+        return sum(each.file_bytes for each in job.shards) - done
+
+    def execute_batch(batch: list[Operation]) -> None:
+        with writing(temporary, needed_bytes):
+            copier.execute(batch, temporary)
+
+    run_all(
+        pool, copier.files, (partial(execute_batch, each) for each in batches(job.operations[shard.name], BATCH_BYTES))
+    )
+
+
+def _finish(
+    pool: ThreadPoolExecutor, checker: Checker, job: Job, target: Target, shard: Shard, unfinished: set[str]
+) -> None:
+    """Sync, check and publish one file; the next is being copied meanwhile."""
+    target.sync(shard.name)
+    temporary = target.temporary(shard.name)
+    if job.options.verify != "none" and read_header(temporary).raw != shard.header:
+        raise CheckpointError(f"{temporary} does not have the header that was written to it")
+    if job.options.verify == "full":
+        checker.check_copies(pool, temporary, shard)
+    target.publish(shard.name)
+    unfinished.discard(shard.name)
+
+
+def _check_unchanged(checkpoint: Checkpoint) -> None:
+    for header in checkpoint.headers.values():
+        try:
+            now = os.stat(header.file)
+        except OSError as error:
+            raise CheckpointError(f"{header.file} vanished while it was read: {error.strerror}") from error
+        if (now.st_size, now.st_mtime_ns) != (header.file_bytes, header.mtime_ns):
+            raise CheckpointError(f"{header.file} changed while it was read", "convert again into an empty directory")

@@ -1,0 +1,226 @@
+"""The directory that is written to: nothing stands under its final name before it is whole and on the disk.
+
+    .moe-accel.lock                          held while a process writes here
+    moe_accel_manifest.json.tmp-<plan id>    what this directory is going to be; becomes the manifest
+    model-00003-of-00007.safetensors.tmp-<plan id>
+
+A file is written under its temporary name, synced, checked and renamed; the index comes last. A process that was killed
+leaves whole files and temporaries behind, and the next one with the same plan id goes on from there.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moe_accel.convert.headers import parse_json
+from moe_accel.convert.source import INDEX_SUFFIX, LOCK, MANIFEST, TEMPORARY
+from moe_accel.errors import CheckpointError
+
+
+def refuse_overlap(source: Path, target: Path) -> None:
+    """Source and target must be two directories, neither inside the other.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    real_source, real_target = Path(os.path.realpath(source)), Path(os.path.realpath(target))
+    same = real_source == real_target
+    with suppress(OSError):
+        same = same or os.path.samefile(source, target)
+    if same:
+        raise CheckpointError(f"source and target are the same directory, {real_source}")
+    if real_target.is_relative_to(real_source) or real_source.is_relative_to(real_target):
+        raise CheckpointError(f"source and target lie inside one another: {real_source} and {real_target}")
+
+
+@contextmanager
+def writing(what: Path, needed_bytes: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Turn what the file system objects to into an error that names `what` and the bytes still needed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CheckpointError(
+                f"no space left while writing {what}: {needed_bytes()} bytes still needed ({error.strerror})",
+                "make room and run the same command again: it goes on from the last whole file",
+            ) from error
+        raise CheckpointError(f"cannot write {what}: {error.strerror or error}") from error
+
+
+class Target:
+    """A locked target directory and the plan id it is written under."""
+
+    def __init__(self, folder: Path, plan_id: str) -> None:
+        self.folder, self.plan_id = folder, plan_id
+        self._lock_fd: int | None = None
+
+    def temporary(self, name: str) -> Path:
+        """Where `name` is written before it is whole."""
+        return self.folder / f"{name}{TEMPORARY}{self.plan_id}"
+
+    def lock(self) -> None:
+        """Make the directory and keep other processes out until `unlock`.
+
+        Raises:
+            CheckpointError: another process writes here, or the directory cannot be made.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not on Windows
+            pass
+        except OSError as error:
+            os.close(fd)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise CheckpointError(f"another process is writing to {self.folder}", "wait for it to end") from None
+            return  # this file system knows no locks
+        self._lock_fd = fd
+
+    def unlock(self) -> None:
+        """Let others in."""
+        with suppress(OSError):
+            (self.folder / LOCK).unlink()
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def claim(self, sizes: Mapping[str, int], overwrite: bool) -> bool:
+        """Decide what to do about files that are already there, and mark the directory as this plan's.
+
+        Args:
+            sizes: what will be written, name -> bytes.
+            overwrite: take away another checkpoint, or what another plan left.
+
+        Returns:
+            Whether an earlier run of the same plan left files to go on from.
+
+        Raises:
+            CheckpointError: there are files that this plan did not write, or not enough space for it.
+        """
+        names = {*sizes, LOCK, MANIFEST}
+        with writing(self.folder):
+            every = [path for path in self.folder.rglob("*") if not path.is_dir()]
+        present = sorted(path.relative_to(self.folder).as_posix() for path in every)
+        resumed = self._was_ours(present)
+        ours = {name for name in present if resumed and (name in names or name.endswith(TEMPORARY + self.plan_id))}
+        foreign = [name for name in present if name not in ours and name != LOCK]
+        if foreign and not overwrite:
+            what = "has files that this conversion did not write" if resumed else "is not empty"
+            if not resumed and any(name == MANIFEST or name.startswith(MANIFEST + TEMPORARY) for name in foreign):
+                what = "holds another conversion, from other files or with other options"
+            raise CheckpointError(
+                f"{self.folder} {what}: {', '.join(foreign[:4])}{' ...' if len(foreign) > 4 else ''}",
+                "take an empty directory, or --overwrite to replace the checkpoint in it",
+            )
+        removed = [name for name in foreign if _is_checkpoint_part(name)]
+        kept = [name for name in present if name in ours and TEMPORARY not in name]
+        self._check_space(sum(size for name, size in sizes.items() if name not in kept), {*present} - {*kept, LOCK})
+        with writing(self.folder):
+            for name in sorted(removed, key=lambda each: not each.endswith(INDEX_SUFFIX)):
+                (self.folder / name).unlink()
+            if not resumed:
+                marker = self.temporary(MANIFEST)
+                marker.touch()
+                _sync(marker)
+                _sync(self.folder)
+        return resumed
+
+    def _was_ours(self, present: list[str]) -> bool:
+        if self.temporary(MANIFEST).name in present:
+            return True
+        with suppress(CheckpointError, OSError):
+            file = self.folder / MANIFEST
+            return MANIFEST in present and parse_json(file, file.read_bytes(), "it").get("plan_id") == self.plan_id
+        return False
+
+    def _check_space(self, needed_bytes: int, reused: set[str]) -> None:
+        with writing(self.folder):
+            freed = sum((self.folder / name).stat().st_size for name in reused if _is_checkpoint_part(name))
+            free = shutil.disk_usage(self.folder).free + freed
+        if free < needed_bytes:
+            raise CheckpointError(
+                f"{self.folder} needs {needed_bytes} bytes, its file system has {free} free: "
+                f"{needed_bytes - free} bytes are missing",
+                "make room, or take a directory on another disk",
+            )
+
+    def create(self, name: str, header: bytes, file_bytes: int) -> Path:
+        """A temporary file of the final size that starts with `header`."""
+        temporary = self.temporary(name)
+        with writing(temporary, lambda: file_bytes):
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                os.ftruncate(fd, file_bytes)
+                os.pwrite(fd, header, 0)
+            finally:
+                os.close(fd)
+        return temporary
+
+    def sync(self, name: str) -> None:
+        """Wait until the temporary file of `name` is on the disk."""
+        with writing(self.temporary(name)):
+            _sync(self.temporary(name))
+
+    def publish(self, name: str) -> None:
+        """Give a temporary file, synced before, its final name."""
+        with writing(self.folder / name):
+            os.replace(self.temporary(name), self.folder / name)
+            _sync((self.folder / name).parent)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write and publish a small file."""
+        temporary = self.temporary(name)
+        with writing(self.folder / name, lambda: len(content)):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        self.publish(name)
+
+    def copy_in(self, file: Path, name: str) -> None:
+        """Copy one of the other files, through a temporary name."""
+        temporary = self.temporary(name)
+        try:
+            needed = file.stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+        with writing(self.folder / name, lambda: needed):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, temporary)
+            os.chmod(temporary, 0o666 & ~_umask() | file.stat().st_mode & 0o111 & ~_umask())
+            _sync(temporary)
+        self.publish(name)
+
+
+def _is_checkpoint_part(name: str) -> bool:
+    return "/" not in name and (name.endswith((".safetensors", INDEX_SUFFIX)) or name == MANIFEST or TEMPORARY in name)
+
+
+def _umask() -> int:
+    old = os.umask(0o077)
+    os.umask(old)
+    return old
+
+
+def _sync(path: Path) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # Windows opens no directories
+            return
+        raise
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # a file system without sync
+            raise
+    finally:
+        os.close(fd)

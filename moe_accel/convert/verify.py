@@ -1,0 +1,196 @@
+"""Proof that two places hold the same bits: the copies of a conversion, or two directories in any layouts."""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from moe_accel.convert.copy import Files
+from moe_accel.convert.digest import digest
+from moe_accel.convert.headers import num_bytes
+from moe_accel.convert.layout import load_families
+from moe_accel.convert.lower import place
+from moe_accel.convert.manifest import other_tensors, part_key, whole
+from moe_accel.convert.plan import parts
+from moe_accel.convert.regions import Copy, Part, Region, Tensor
+from moe_accel.convert.shards import Shard, natural
+from moe_accel.convert.source import Checkpoint, open_checkpoint
+from moe_accel.convert.work import Progress, default_threads, in_batches, run_all, silent, workers
+from moe_accel.errors import CheckpointError
+
+
+class MismatchError(CheckpointError):
+    """What was written is not what was read."""
+
+
+class Checker:
+    """Digests copies on both sides. Keeps the digests by region, so that nothing is read a second time."""
+
+    def __init__(
+        self, files: Files, checkpoint: Checkpoint, read: Callable[[int], None] = lambda num_bytes: None
+    ) -> None:
+        self.files, self.checkpoint, self.read = files, checkpoint, read
+        self.sources: dict[Region, str] = {}
+        self.targets: dict[Region, str] = {}
+        self._lock = threading.Lock()
+
+    def check_copies(self, pool: ThreadPoolExecutor, file: Path, shard: Shard) -> None:
+        """Compare each copy of `shard`, written to `file`, with its source.
+
+        Raises:
+            MismatchError: they differ.
+        """
+        tensors = {each.name: Tensor(each.name, each.dtype, each.shape) for each in shard.outputs}
+        copies = [copy for output in shard.outputs for copy in output.copies]
+        lists = in_batches(copies, lambda copy: copy.target.rows * copy.target.cols * 2)
+        run_all(pool, self.files, (partial(self._check, each, tensors, file, shard) for each in lists))
+        self.files.close(file)
+
+    def _check(self, copies: list[Copy], tensors: Mapping[str, Tensor], file: Path, shard: Shard) -> None:
+        for copy in copies:
+            target = self._digest(copy.target, tensors[copy.target.tensor], file, shard.starts[copy.target.tensor])
+            source = self._digest_source(copy.source)
+            if source != target:
+                raise MismatchError(
+                    f"{file}: tensor {copy.target.tensor!r} is not what was read from {copy.source.tensor!r}: "
+                    f"{copy.target} has digest {target}, {copy.source} has {source}",
+                    "the disk or the memory is at fault, or somebody wrote to one of the files; convert again",
+                )
+            with self._lock:
+                self.sources[copy.source], self.targets[copy.target] = source, target
+
+    def _digest_source(self, region: Region) -> str:
+        header = self.checkpoint.headers[self.checkpoint.file_of[region.tensor]]
+        return self._digest(region, header.tensors[region.tensor], header.file, header.starts[region.tensor])
+
+    def _digest(self, region: Region, tensor: Tensor, file: Path, start: int) -> str:
+        return digest(self.files, place(region, tensor, file, start), self.read)
+
+    def all_digests(
+        self, pool: ThreadPoolExecutor, folder: Path, shards: Iterable[Shard], found: list[Part]
+    ) -> dict[Region, str]:
+        """Digests of all parts and of all tensors that are no parts, of published files; most are known already."""
+        tensors, where = {}, {}
+        for shard in shards:
+            for each in shard.outputs:
+                tensors[each.name] = Tensor(each.name, each.dtype, each.shape)
+                where[each.name] = (folder / shard.name, shard.starts[each.name])
+        known = {_key(region): value for region, value in self.targets.items()}
+        wanted = [part.region for part in found] + [whole(each) for each in other_tensors(tensors, found)]
+        result = {region: known[_key(region)] for region in wanted if _key(region) in known}
+        missing = [region for region in wanted if region not in result]
+
+        def compute(regions: list[Region]) -> list[str]:
+            return [self._digest(region, tensors[region.tensor], *where[region.tensor]) for region in regions]
+
+        lists = in_batches(missing, lambda region: region.rows * region.cols * 2)
+        values = run_all(pool, self.files, (partial(compute, each) for each in lists))
+        return result | dict(zip(missing, (value for each in values for value in each), strict=True))
+
+    def check_parts(self, sources: list[Part], targets: list[Part], digests: Mapping[Region, str]) -> None:
+        """Compare what the layouts call one expert's matrix, before and after: the plan itself is under test here.
+
+        Raises:
+            MismatchError: an expert is another expert now, or is gone.
+        """
+        known = {_key(region): value for region, value in self.sources.items()}
+        after = {part_key(part): digests[part.region] for part in targets}
+        before = {part_key(part): known.get(_key(part.region)) for part in sources}
+        for key in sorted(set(before) | set(after)):
+            if key not in before or key not in after or before[key] not in (None, after[key]):
+                raise MismatchError(
+                    f"{' '.join(map(str, key))} is not the same matrix in source and target: "
+                    f"digest {before.get(key, 'missing')} and {after.get(key, 'missing')}"
+                )
+
+
+def _key(region: Region) -> tuple[str, int, int, int, int, int]:
+    """Equal for regions that list the same elements in the same order."""
+    rows, cols, row_stride, col_stride = region.rows, region.cols, region.row_stride, region.col_stride
+    if cols == 1:
+        rows, cols, row_stride, col_stride = 1, rows, 0, row_stride
+    elif row_stride == cols * col_stride or rows == 1:
+        rows, cols, row_stride = 1, rows * cols, 0
+    return region.tensor, region.offset, rows, cols, row_stride, col_stride if cols > 1 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two directories, compared. `differences` are sentences, in natural order, all of them."""
+
+    num_parts: int
+    num_tensors: int
+    num_bytes: int
+    differences: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    checkpoint: Checkpoint
+    items: dict[tuple[str, ...], Region]
+
+    def what(self, key: tuple[str, ...]) -> tuple[str, tuple[int, ...]]:
+        region = self.items[key]
+        tensor = self.checkpoint.tensors[region.tensor]
+        return tensor.dtype, tensor.shape if len(key) == 1 else (region.rows, region.cols)
+
+
+def compare(
+    first: Path, second: Path, family: Path | None = None, threads: int | None = None, progress: Progress = silent
+) -> Comparison:
+    """Compare two checkpoints: experts by layer, number and role whatever their layout, all else by name.
+
+    Raises:
+        CheckpointError: one of them is damaged.
+    """
+    families = load_families(family)
+    sides = []
+    for folder in (first, second):
+        checkpoint = open_checkpoint(folder)
+        found = list(parts(checkpoint.tensors, families, checkpoint.model_type))
+        items = {tuple(map(str, part_key(part))): part.region for part in found}
+        items |= {(each.name,): whole(each) for each in other_tensors(checkpoint.tensors, found)}
+        sides.append(_Side(checkpoint, items))
+    a, b = sides
+    differences: dict[tuple[str, ...], str] = {}
+    same = []
+    for key in a.items.keys() | b.items.keys():
+        if key not in a.items or key not in b.items:
+            differences[key] = f"{_name(key)}: only in {first if key in a.items else second}"
+        elif a.what(key) != b.what(key):
+            differences[key] = "{}: {} {} and {} {}".format(
+                _name(key), *(x for s in sides for x in (s.what(key)[0], list(s.what(key)[1])))
+            )
+        else:
+            same.append(key)
+    differences |= _compare_bits(a, b, sorted(same), threads or default_threads(), progress)
+    ordered = tuple(differences[key] for key in sorted(differences, key=lambda key: [natural(each) for each in key]))
+    total = sum(num_bytes(each.dtype, each.shape) for each in a.checkpoint.tensors.values())
+    num_parts = sum(len(key) > 1 for key in a.items)
+    return Comparison(num_parts, len(a.items) - num_parts, total, ordered)
+
+
+def _name(key: tuple[str, ...]) -> str:
+    return key[0] if len(key) == 1 else f"{key[0]} expert {key[1]} {key[2]}"
+
+
+def _compare_bits(
+    a: _Side, b: _Side, keys: list[tuple[str, ...]], threads: int, progress: Progress
+) -> dict[tuple[str, ...], str]:
+    files = Files()
+
+    def differing(some: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        return [key for key in some if len({one(side, key) for side in (a, b)}) > 1]
+
+    def one(side: _Side, key: tuple[str, ...]) -> str:
+        region = side.items[key]
+        header = side.checkpoint.headers[side.checkpoint.file_of[region.tensor]]
+        where = place(region, header.tensors[region.tensor], header.file, header.starts[region.tensor])
+        return digest(files, where, partial(progress, "check"))
+
+    with workers(threads, files) as pool:
+        lists = in_batches(keys, lambda key: a.items[key].rows * a.items[key].cols * 2)
+        found = run_all(pool, files, (partial(differing, each) for each in lists))
+    return {key: f"{_name(key)}: differs" for each in found for key in each}
