@@ -13,7 +13,7 @@ from moe_accel import cli
 from moe_accel.convert.layout import TARGETS
 from moe_accel.convert.regions import Tensor
 from moe_accel.convert.run import VERIFY_LEVELS
-from tests.unit.test_convert_safety import write_file, write_source
+from tests.unit.convert_job import write_file, write_source
 
 COMMANDS = ["convert", "verify", "inspect"]
 

@@ -11,7 +11,7 @@ from moe_accel.convert.run import Options, execute, prepare
 from moe_accel.convert.source import open_checkpoint
 from moe_accel.convert.verify import MismatchError, compare
 from tests.families import available_families, build_tiny
-from tests.unit.test_convert_safety import write_source
+from tests.unit.convert_job import write_source
 
 LAYOUTS = ["stacked", "per-expert", "te-grouped", "nemo", "sonicmoe"]
 FAMILIES = available_families()
