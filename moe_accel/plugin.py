@@ -8,7 +8,6 @@
 Every hook is one line in `install`, acts only for accelerators that carry a `MoEConfig`, and leaves others alone.
 """
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +60,6 @@ def reports(accelerator: Accelerator) -> tuple[Report, ...]:
 def _prepare(original: Callable) -> Callable:
     """Around `Accelerator.prepare`."""
 
-    @functools.wraps(original)
     def prepare(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         if self in _installed:
             swap_all(self, [each for each in args if isinstance(each, nn.Module)])
@@ -73,7 +71,6 @@ def _prepare(original: Callable) -> Callable:
 def _prepare_model(original: Callable) -> Callable:
     """Around `Accelerator.prepare_model`, which Trainer calls itself to evaluate without training."""
 
-    @functools.wraps(original)
     def prepare_model(self: Accelerator, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self in _installed and has_experts(model):
             swap_all(self, [model])
@@ -85,7 +82,6 @@ def _prepare_model(original: Callable) -> Callable:
 def _fsdp2_prepare_model(original: Callable) -> Callable:
     """Around the `fsdp2_prepare_model` that `Accelerator.prepare` calls."""
 
-    @functools.wraps(original)
     def fsdp2_prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         if accelerator not in _installed or any(isinstance(module, FSDPModule) for module in model.modules()):
             return original(accelerator, model)

@@ -13,7 +13,6 @@ names, which torch.distributed.checkpoint reads at any `ep_size`. The extensions
 installed on, and leave all others alone.
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -75,7 +74,6 @@ def _install_on_trainer(trainer: type) -> None:
 def _save_model(original: Callable) -> Callable:
     """Around `Accelerator.save_model`."""
 
-    @functools.wraps(original)
     def save_model(
         self: Accelerator,
         model: nn.Module,
@@ -98,7 +96,6 @@ def _save_model(original: Callable) -> Callable:
 def _load_state(original: Callable) -> Callable:
     """Around `Accelerator.load_state`."""
 
-    @functools.wraps(original)
     def load_state(self: Accelerator, input_dir: Any = None, *args: Any, **kwargs: Any) -> Any:
         folder = _latest_state(self) if input_dir is None else Path(input_dir).expanduser()
         if self in _installed and folder is not None and folder.is_dir():
@@ -113,7 +110,6 @@ def _load_state(original: Callable) -> Callable:
 def _load_from_checkpoint(original: Callable) -> Callable:
     """Around `Trainer._load_from_checkpoint`."""
 
-    @functools.wraps(original)
     def load_from_checkpoint(self: Any, resume_from_checkpoint: Any, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         # Trainer loads the optimizer next, if there is one: `save_only_model` leaves it out.
@@ -127,7 +123,6 @@ def _load_from_checkpoint(original: Callable) -> Callable:
 def _load_best_model(original: Callable) -> Callable:
     """Around `Trainer._load_best_model`."""
 
-    @functools.wraps(original)
     def load_best_model(self: Any) -> None:
         if not _load_into(self, self.model, Path(self.state.best_model_checkpoint)):
             original(self)
@@ -167,7 +162,6 @@ def _load_into(trainer: Any, model: nn.Module, folder: Path, num_optimizers: int
 def _trainer_save_model(original: Callable) -> Callable:
     """Around `Trainer.save_model`."""
 
-    @functools.wraps(original)
     def save_model(self: Any, output_dir: Any = None, _internal_call: bool = False) -> Any:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         sharded = plugin is not None and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT

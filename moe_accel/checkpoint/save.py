@@ -5,7 +5,6 @@
 SHARDED_STATE_DICT; `save_pretrained` takes what the calling rank has.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +45,6 @@ def save_hub(accelerator: Any, model: nn.Module, folder: Any, max_shard_size: in
 def guard_save_pretrained(original: Callable) -> Callable:
     """Around `PreTrainedModel.save_pretrained`: a sharded model is written from gathered weights, or not at all."""
 
-    @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         if is_sharded(self):
             weights = kwargs.get("state_dict", args[1] if len(args) > 1 else None)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
@@ -27,21 +26,6 @@ from tests.unit.convert_job import (
     killed_at,
     write_source,
 )
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "model"
-    write_source(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(source, tmp_path_factory) -> dict[str, bytes]:
-    """What a conversion that nothing disturbs writes."""
-    folder = tmp_path_factory.mktemp("reference") / "out"
-    execute(job_of(source, folder))
-    return contents(folder)
 
 
 def fail_after(monkeypatch, num_calls: int, error: int) -> None:

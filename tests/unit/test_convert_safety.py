@@ -25,23 +25,7 @@ from tests.unit.convert_job import (
     job_of,
     killed_at,
     tensor_of,
-    write_source,
 )
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "model"
-    write_source(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(source, tmp_path_factory) -> dict[str, bytes]:
-    """What a conversion that nothing disturbs writes."""
-    folder = tmp_path_factory.mktemp("reference") / "out"
-    execute(job_of(source, folder))
-    return contents(folder)
 
 
 def test_the_directory_holds_every_tensor_once_and_the_other_files(source, tmp_path):
