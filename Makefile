@@ -18,7 +18,8 @@ demo: $(STAMP)   ## the main job on a small MoE: 2 processes, experts spread ove
 test: $(STAMP)   ## what CI runs
 	$(BIN)/python -m pytest
 
-test-all: $(STAMP)   ## with the big matrices
+test-all: $(STAMP)   ## with the big matrices, and a pretrained model that is downloaded
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[real]'
 	$(BIN)/python -m pytest -m 'not gpu'
 
 check: $(STAMP)

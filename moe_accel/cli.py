@@ -66,6 +66,12 @@ class Layout(StrEnum):
     sonicmoe = "sonicmoe"
 
 
+class Dequantize(StrEnum):
+    """What `convert --dequantize` writes."""
+
+    bf16 = "bf16"
+
+
 class Verify(StrEnum):
     """How much `convert` checks."""
 
@@ -92,6 +98,9 @@ def convert(
     verify: Annotated[Verify, typer.Option(help="What to read back and compare with the source.")] = Verify.full,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that lies in DST.")] = False,
     threads: Annotated[int | None, typer.Option(help="Default: one a core, at most 4.", min=1)] = None,
+    dequantize: Annotated[
+        Dequantize | None, typer.Option(help="Lossy: write fp8 and fp4 weights as bf16, without scales.")
+    ] = None,
 ) -> None:
     """Convert a checkpoint between layouts of its experts, bit for bit, and prove it.
 
@@ -110,7 +119,8 @@ def convert(
     from moe_accel.convert.work import default_threads
 
     size = parse_size(max_shard_size)
-    options = Options(to.value, family, size, verify.value, overwrite, threads or default_threads())
+    lossy = dequantize.value if dequantize else None
+    options = Options(to.value, family, size, verify.value, overwrite, threads or default_threads(), lossy)
     raise typer.Exit(run_convert(source, target, options, dry_run, as_json))
 
 

@@ -21,11 +21,15 @@ EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 130
 def convert(source: Path, target: Path, options: run.Options, dry_run: bool, as_json: bool) -> int:
     """Convert, or say what would be done; returns the exit status."""
     job = run.prepare(source, target, options)
+    if lossy := job.dequantization:
+        stored = "; ".join(f"{count} weights {scheme}" for scheme, count in lossy.schemes.items())
+        print(f"lossy: --dequantize bf16 rounds value x scale to bf16 ({stored}); scales are dropped", file=sys.stderr)
     if dry_run:
         _print_json(_job_record(job)) if as_json else _print_job(job)
         return 0
     try:
         totals = {"copy": job.num_bytes} | ({"check": 2 * job.num_bytes} if options.verify == "full" else {})
+        totals = ({"dequantize": lossy.num_bytes} if lossy else {}) | totals
         with _progress(totals) as progress:
             report = run.execute(job, progress)
     except MismatchError as error:
@@ -134,7 +138,7 @@ def _job_record(job: run.Job) -> dict[str, Any]:
         "copied_files": job.checkpoint.others,
         "left_out": job.checkpoint.left_out,
         "notes": job.plan.notes,
-    }
+    } | ({"dequantized": job.dequantization.record} if job.dequantization else {})
 
 
 def _print_job(job: run.Job) -> None:
@@ -148,6 +152,10 @@ def _print_job(job: run.Job) -> None:
         f"{len(job.plan.passed_through)} tensors pass through unchanged, "
         f"{len(job.checkpoint.others)} other files go along"
     )
+    if lossy := job.dequantization:
+        for scheme, count in lossy.schemes.items():
+            print(f"lossy: {count} weights dequantised to bf16 from {scheme}")
+        print(f"{_size(lossy.num_bytes)} of bf16 weights lie beside the target until it is whole")
     for note in job.plan.notes:
         print(f"note: {note}")
     if job.checkpoint.left_out:

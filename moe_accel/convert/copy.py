@@ -60,7 +60,7 @@ class Files:
 _local = threading.local()
 
 
-def _buffer(name: str, num_bytes: int) -> memoryview:
+def buffer(name: str, num_bytes: int) -> memoryview:
     """This thread's buffer of that name, at least `num_bytes` long."""
     found = getattr(_local, name, None)
     if found is None or len(found) < num_bytes:
@@ -134,7 +134,7 @@ class Copier:
                 got = self._kernel(source, run.source_at + done, fd, run.target_at + done, count)
             if got == 0:  # not supported here, or the file is shorter than it was
                 got = min(count, BLOCK_BYTES)
-                view = _buffer("source", got)
+                view = buffer("source", got)
                 read_into(run.file, source, view, run.source_at + done)
                 write_all(fd, view, run.target_at + done)
             done += got
@@ -157,7 +157,7 @@ class Copier:
         rows = max(1, BLOCK_BYTES // widest)
         for start in range(0, op.rows, rows):
             block = op.part(start, min(start + rows, op.rows))
-            view = _buffer("target", block.num_bytes)
+            view = buffer("target", block.num_bytes)
             whole = np.frombuffer(view, UNSIGNED[op.item])
             for piece in block.pieces:
                 source = self.files.fd(piece.file)
@@ -178,15 +178,15 @@ def read_strided(file: Path, fd: int, at: int, shape: tuple[int, int], steps: tu
     dtype = UNSIGNED[item]
     span = (shape[0] - 1) * steps[0] + (shape[1] - 1) * steps[1] + item
     if span <= max(BLOCK_BYTES, item) and span <= 8 * shape[0] * shape[1] * item:
-        view = _buffer("source", span)
+        view = buffer("source", span)
         read_into(file, fd, view, at)
         return as_strided(np.frombuffer(view, dtype), shape, steps)
     outer = 0 if steps[0] >= steps[1] else 1
     inner = 1 - outer
     line = (shape[inner] - 1) * steps[inner] + item
-    compact = np.frombuffer(_buffer("source", shape[0] * shape[1] * item), dtype).reshape(shape[outer], shape[inner])
+    compact = np.frombuffer(buffer("source", shape[0] * shape[1] * item), dtype).reshape(shape[outer], shape[inner])
     direct = steps[inner] == item
-    view = memoryview(compact.data).cast("B") if direct else _buffer("line", line)
+    view = memoryview(compact.data).cast("B") if direct else buffer("line", line)
     for row in range(shape[outer]):
         into = view[row * line : (row + 1) * line] if direct else view
         read_into(file, fd, into, at + row * steps[outer])

@@ -1,22 +1,22 @@
 """Which experts a checkpoint holds, and how: tensor names matched with the families' layouts, confirmed by shapes.
 
 A `Group` is the experts of one layer in one layout. Names decide which layouts are possible, the model_type which
-family is meant, shapes
-which way round the matrices lie; what is still undecided is an error, never a guess.
+family is meant, shapes which way round the matrices lie; what is still undecided is an error, never a guess.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
-from moe_accel.convert.layout import ExpertLayout, Families, Family, Slot
+from moe_accel.convert.layout import ExpertLayout, Families, Family, Slot, ranges, template_regex
 from moe_accel.convert.regions import Tensor
 from moe_accel.errors import CheckpointError
 
-_NUMBER = re.compile(r"(?:(?<=\.)|^|(?<=expert_)|(?<=\.weight)|(?<=\.bias))\d+(?=\.|$)")
+_NUMBER = re.compile(r"(.*expert_|weight|bias|)(\d+)")  # of a word: what stands between the dots of a name
 PACKED = frozenset({"U8", "I8", "I32", "F4", "F6_E2M3", "F6_E3M2"})  # several numbers, or a part of one, in an element
+MOST_EXPERTS = 1_000_000  # of a layer; a name with a larger number is damaged
 STACKED = -1  # the expert of a tensor that holds all
 MODEL_TYPE_HINT = "model_type in config.json names the family; --family FILE describes one of your own"
 
@@ -25,8 +25,10 @@ Key = tuple[Slot, str, int]  # slot, suffix of the companion ("" the weight itse
 
 @dataclass(eq=False)
 class Group:
-    """The experts of one layer in one layout. `members`: tensors by what they are, then by expert (`STACKED`: all
-    experts in one)."""
+    """The experts of one layer in one layout.
+
+    `members`: tensors by what they are, then by expert (`STACKED`: all experts in one).
+    """
 
     family: Family
     layout: ExpertLayout
@@ -56,6 +58,10 @@ class Group:
         return slot.roles if self.gated else tuple(role for role in slot.roles if role != "gate")
 
 
+Candidates = dict[ExpertLayout, Group]  # of one layer
+Pattern = tuple[Family, ExpertLayout, Slot, str, re.Pattern[str]]  # the text is the suffix of a companion
+
+
 @dataclass(frozen=True)
 class _Hit:
     family: Family
@@ -64,9 +70,31 @@ class _Hit:
     suffix: str
     branch: int
     block: str
-    layer: str  # a %-format of the numbers
-    layer_numbers: int
+    layer_words: int  # how many words of the name are the layer's
+    expert_at: int | None  # which word holds the number of the expert
+
+
+class _Words(dict[str, str]):
+    """The words of names, each with # for its number and looked at once; `digits` are the numbers by word."""
+
+    def __init__(self) -> None:
+        self.digits: dict[str, str] = {}
+
+    def __missing__(self, word: str) -> str:
+        match = _NUMBER.fullmatch(word)
+        if match:
+            self.digits[word] = match[2]
+        self[word] = template = match[1] + "#" if match else word
+        return template
+
+
+class _Place(NamedTuple):
+    """Hits of one template that read a name the same way. `members`: by layer, where each hit keeps its tensors."""
+
+    layer_words: int
     expert_at: int | None
+    hits: list[_Hit]
+    members: dict[str, list[dict[int, Tensor]]]
 
 
 def detect(
@@ -76,8 +104,7 @@ def detect(
 
     Raises:
         CheckpointError: experts are missing, disagree, lie in two layouts at once, or in one of several layouts that
-            names and shapes
-            cannot tell apart. Lists the first ten problems.
+            names and shapes cannot tell apart. Lists the first ten problems.
     """
     layers = _match(tensors, families, model_type)
     problems: list[str] = []
@@ -102,43 +129,48 @@ def detect(
     return groups
 
 
-def _match(
-    tensors: Mapping[str, Tensor], families: Families, model_type: str | None
-) -> dict[str, dict[ExpertLayout, Group]]:
+def _match(tensors: Mapping[str, Tensor], families: Families, model_type: str | None) -> dict[str, Candidates]:
     """By layer, every layout that names allow."""
     patterns = list(_patterns(families, model_type))
-    known: dict[str, list[_Hit]] = {}
-    layers: dict[str, dict[ExpertLayout, Group]] = {}
+    templates = _Words()
+    known: dict[str, list[_Place]] = {}
+    layers: dict[str, Candidates] = {}
     for name, tensor in tensors.items():
         if "#" in name:
             continue
-        numbers = _NUMBER.findall(name)
-        template = _NUMBER.sub("#", name)
-        hits = known.get(template)
-        if hits is None:
-            hits = known[template] = _hits(template, patterns, model_type)
-        for hit in hits:
-            expert = STACKED if hit.expert_at is None else numbers[hit.expert_at]
-            if expert != STACKED and str(int(expert)) != expert:
-                continue
-            layer = hit.layer % tuple(numbers[: hit.layer_numbers])
-            of = layers.setdefault(layer, {})
-            group = of.get(hit.layout)
-            if group is None:
-                group = of[hit.layout] = Group(hit.family, hit.layout, layer, hit.block)
-            group.members.setdefault((hit.slot, hit.suffix, hit.branch), {})[int(expert)] = tensor
-    return {layer: of for layer, of in layers.items() if _main(of)}
+        words = name.split(".")
+        template = ".".join([templates[word] for word in words])
+        places = known.get(template)
+        if places is None:
+            hits = _hits(template, patterns, model_type)
+            by_place = groupby(hits, key=lambda hit: (hit.layer_words, hit.expert_at))
+            places = known[template] = [_Place(*place, list(of), {}) for place, of in by_place]
+        for place in places:
+            expert = STACKED
+            if place.expert_at is not None:
+                digits = templates.digits[words[place.expert_at]]
+                expert = int(digits)
+                if str(expert) != digits:  # 007 is not how layouts write the number of an expert
+                    continue
+            layer = ".".join(words[: place.layer_words])
+            members = place.members.get(layer)
+            if members is None:
+                members = place.members[layer] = [
+                    _members(hit, layer, layers.setdefault(layer, {})) for hit in place.hits
+                ]
+            for of in members:
+                of[expert] = tensor
+    return layers
 
 
-def _main(candidates: Mapping[ExpertLayout, Group]) -> bool:
-    return any(group.members for group in candidates.values())
+def _members(hit: _Hit, layer: str, candidates: Candidates) -> dict[int, Tensor]:
+    """Where the group of a hit keeps the tensors of its kind."""
+    group = candidates.setdefault(hit.layout, Group(hit.family, hit.layout, layer, hit.block))
+    return group.members.setdefault((hit.slot, hit.suffix, hit.branch), {})
 
 
-def _patterns(
-    families: Families, model_type: str | None
-) -> Iterator[tuple[Family, ExpertLayout, Slot, str, re.Pattern[str]]]:
-    """Every pattern of a name, the most wanted family first: the user's, the one of the model_type, the default, the
-    others."""
+def _patterns(families: Families, model_type: str | None) -> Iterator[Pattern]:
+    """Every pattern of a name, the most wanted family first: the user's, the model_type's, the default, the others."""
 
     def rank(family: Family) -> int:
         wanted = (family.user, model_type in family.model_types, family.default)
@@ -150,33 +182,10 @@ def _patterns(
     for family, layout in layouts:
         for slot in layout.slots:
             for suffix in ("", *families.companions):
-                yield family, layout, slot, suffix, _regex(layout, layout.companion(slot, suffix))
+                yield family, layout, slot, suffix, template_regex(layout, layout.companion(slot, suffix))
 
 
-@cache
-def _regex(layout: ExpertLayout, pattern: str) -> re.Pattern[str]:
-    """Of a template: a name with every number that stands alone replaced by #."""
-    layer = r"(?P<layer>(?:.+\.)?#)"
-    if layout.blocks is None:
-        block = r"(?:\.(?P<block>[^#]+?))?"
-    else:
-        names = "|".join(re.escape(name) for name in layout.blocks if name)
-        block = rf"(?:\.(?P<block>{names}))" + ("?" if "" in layout.blocks else "") if names else "(?P<block>)"
-    parts = {
-        "{layer}": layer,
-        "{moe}": layer + block,
-        "{e}": "(?P<e>#)",
-        "{branch}": f"(?P<branch>{'|'.join(map(re.escape, layout.branches))})",
-    }
-    return re.compile("".join(parts.get(piece, re.escape(piece)) for piece in re.split(r"(\{\w+\})", pattern)))
-
-
-def _physical(layout: ExpertLayout) -> tuple[object, ...]:
-    """Layouts with the same of these hold the same numbers at the same places under the same names."""
-    return layout.slots, layout.order, layout.transposed, layout.flat, layout.branches
-
-
-def _hits(template: str, patterns: list, model_type: str | None) -> list[_Hit]:
+def _hits(template: str, patterns: list[Pattern], model_type: str | None) -> list[_Hit]:
     found: dict[tuple[object, ...], _Hit] = {}
     wanted = False
     for family, layout, slot, suffix, regex in patterns:
@@ -195,11 +204,10 @@ def _hits(template: str, patterns: list, model_type: str | None) -> list[_Hit]:
             suffix,
             layout.branches.index(of["branch"]) if of.get("branch") else 0,
             of.get("block") or "",
-            of["layer"].replace("%", "%%").replace("#", "%s"),
-            of["layer"].count("#"),
-            template[: match.start("e")].count("#") if "e" in of else None,
+            of["layer"].count(".") + 1,
+            template[: match.start("e")].count(".") if "e" in of else None,
         )
-        found.setdefault((*_physical(layout), layout.biased, slot, suffix), hit)
+        found.setdefault((*layout.physical, layout.biased, slot, suffix), hit)
     return list(found.values())
 
 
@@ -220,7 +228,7 @@ def _choose(
             both = [sorted(names[group.layout])[0] for group in (first, other)]
             problems.append(f"{first.layer} has its experts twice, as {both[0]} and as {both[1]}")
             return None
-        if _physical(other.layout) != _physical(first.layout):
+        if other.layout.physical != first.layout.physical:
             kinds = " or ".join(f"{group.family.name} {group.layout.name}" for group in fit)
             said = f"model_type {model_type!r} does not decide" if model_type else "there is no model_type to decide"
             problems.append(f"{first.moe}: its experts could be {kinds}, and {said}; hint: {MODEL_TYPE_HINT}")
@@ -239,7 +247,8 @@ def check(group: Group, tensors: Mapping[str, Tensor]) -> list[str]:
     biased = any(suffix == "bias" for _, suffix, _ in group.members)
     if layout.biased is not None and biased != layout.biased:
         return [
-            f"{group.moe}: {group.family.name} {layout.name} has {'' if layout.biased else 'no '}biases, these experts {'do' if biased else 'do not'}"  # noqa: E501
+            f"{group.moe}: {group.family.name} {layout.name} has {'' if layout.biased else 'no '}biases, "
+            f"these experts {'do' if biased else 'do not'}"
         ]
     counted = _count(group, tensors)
     group.gated = _gated(group)
@@ -264,6 +273,8 @@ def _count(group: Group, tensors: Mapping[str, Tensor]) -> list[str]:
         group.num_experts = sum(sizes.values())
         return [f"{' and '.join(missing)} missing in {group.moe}"] if missing else []
     group.num_experts = 1 + max(max(of) for of in seen.values())
+    if group.num_experts > MOST_EXPERTS:
+        return [f"{group.moe}: expert {group.num_experts - 1}, and a layer can have {MOST_EXPERTS}"]
     everyone = set(range(group.num_experts))
     gone = {key: sorted(everyone - of) for key, of in seen.items() if everyone - of}
     if group.family.partial_down:
@@ -299,8 +310,8 @@ def _uniform(group: Group) -> list[str]:
     for of in group.members.values():
         for low, high in pairwise(chunks(group)):
             several = [of[e] for e in range(low, high) if e in of]
-            other = next((t for t in several if (t.dtype, t.shape) != (several[0].dtype, several[0].shape)), None)
-            if other is not None:
+            if len({tensor[1:] for tensor in several}) > 1:  # dtype and shape
+                other = next(t for t in several if t[1:] != several[0][1:])
                 what = "dtypes" if other.dtype != several[0].dtype else "shapes"
                 said.append(f"{what} differ inside a group: {_of(several[0])} and {_of(other)}")
     return said
@@ -309,18 +320,15 @@ def _uniform(group: Group) -> list[str]:
 def _fits(group: Group) -> list[str]:
     """The shapes of gate, up and down must belong together when read in this layout."""
     mains: dict[int, dict[str, tuple[tuple[int, int], Tensor]]] = {}
-    starts = chunks(group)[:-1]
+    starts, read_as = chunks(group)[:-1], f"{group.family.name} {group.layout.name}"
     for (slot, suffix, branch), of in group.members.items():
         if suffix:
             continue
-        for at, tensor in (
-            [(branch, of[STACKED])] if STACKED in of else [(i, of[e]) for i, e in enumerate(starts) if e in of]
-        ):
+        firsts = [(branch, of[STACKED])] if STACKED in of else [(i, of[e]) for i, e in enumerate(starts) if e in of]
+        for at, tensor in firsts:
             size = sizes(group, slot, tensor)
             if size is None:
-                return [
-                    f"{group.moe}: {_of(tensor)} cannot be {group.family.name} {group.layout.name}: {_form(group, slot)}"  # noqa: E501
-                ]
+                return [f"{group.moe}: {_of(tensor)} cannot be {read_as}: {_form(group, slot)}"]
             mains.setdefault(at, {}).update({role: (size, tensor) for role in group.roles(slot)})
     for found in mains.values():
         tensors = [tensor for _, tensor in found.values()]
@@ -333,9 +341,7 @@ def _fits(group: Group) -> list[str]:
         if "up" in found and "down" in found and not any(tensor.dtype in PACKED for tensor in tensors):
             (one, up), (two, down) = found["up"], found["down"]
             if one != two[::-1]:
-                return [
-                    f"{group.moe}: {_of(up)} and {_of(down)} do not fit together as {group.family.name} {group.layout.name}"  # noqa: E501
-                ]
+                return [f"{group.moe}: {_of(up)} and {_of(down)} do not fit together as {read_as}"]
         counts = {tensor.shape[0] for tensor in tensors if tensor.shape} if not group.family.partial_down else set()
         if len(counts) > 1 and not group.layout.flat and not any(slot.per_expert for slot in group.layout.slots):
             return [f"{group.moe}: {_of(tensors[0])} and {_of(tensors[-1])} hold different numbers of experts"]
@@ -343,8 +349,7 @@ def _fits(group: Group) -> list[str]:
 
 
 def _gated(group: Group) -> bool:
-    """Whether there is a gate: in another tool's layout, a family without one has as many rows of up as columns of
-    down."""
+    """Whether there is a gate: without one, another tool's layout has as many rows of up as columns of down."""
     if "gate" not in group.layout.roles or group.layout.blocks is not None:
         return "gate" in group.layout.roles
     whole = []
@@ -383,14 +388,3 @@ def _form(group: Group, slot: Slot) -> str:
 
 def _of(tensor: Tensor) -> str:
     return f"{tensor.name} {tensor.dtype} {list(tensor.shape)}"
-
-
-def ranges(numbers: "range | list[int]") -> str:
-    """3-7, 12 for 3, 4, 5, 6, 7, 12."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)

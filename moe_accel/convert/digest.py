@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_accel.convert.copy import BLOCK_BYTES, UNSIGNED, Files, assign, read_into, read_place
+from moe_accel.convert.copy import BLOCK_BYTES, UNSIGNED, Files, assign, buffer, read_into, read_place
 from moe_accel.convert.lower import Place
 
 try:
@@ -22,13 +22,17 @@ except ImportError:
         return hashlib.blake2b(digest_size=16)
 
 
+CHUNK_BYTES = 1 << 20
+"""Read at a time where bytes are contiguous: stays in the second-level cache until it is digested."""
+
+
 def digest(files: Files, place: Place, read: Callable[[int], None] = lambda num_bytes: None) -> str:
     """The digest of a place's elements, row by row, in hexadecimal; `read` is told of bytes as they are read."""
     state = new_digest()
     if place.is_contiguous:
-        buffer = memoryview(bytearray(min(BLOCK_BYTES // 2, place.num_bytes)))
-        for at in range(0, place.num_bytes, len(buffer) or 1):
-            view = buffer[: place.num_bytes - at]
+        chunk = buffer("source", min(CHUNK_BYTES, place.num_bytes))
+        for at in range(0, place.num_bytes, CHUNK_BYTES):
+            view = chunk[: place.num_bytes - at]
             read_into(place.file, files.fd(place.file), view, place.at + at)
             state.update(view)
             read(len(view))
@@ -38,7 +42,7 @@ def digest(files: Files, place: Place, read: Callable[[int], None] = lambda num_
     for start in range(0, place.rows, rows):
         found = read_place(files, place, start, min(start + rows, place.rows))
         if not found.flags.c_contiguous:
-            ordered = np.empty(found.shape, UNSIGNED[place.item])
+            ordered = np.frombuffer(buffer("target", found.nbytes), UNSIGNED[place.item]).reshape(found.shape)
             assign(ordered, found)
             found = ordered
         state.update(found.data.cast("B"))

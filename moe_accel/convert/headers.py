@@ -11,6 +11,7 @@ import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def _check_entries(
     file: Path, entries: Mapping[str, Any], data_start: int, file_bytes: int
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     checked = [_read_entry(file, name, entry) for name, entry in entries.items()]
-    checked.sort(key=lambda each: (each[1], each[2]))
+    checked.sort(key=itemgetter(1, 2))
     at, before = 0, ""
     for tensor, begin, end in checked:
         if begin != at:

@@ -1,15 +1,13 @@
-"""Families of expert layouts, read from the TOML tables of `converters/`: which tensors hold which matrices of which
-experts.
+"""Families of expert layouts, read from the TOML of `converters/`: which tensors hold which matrices of which experts.
 
-A family is a set of layouts of the same model: what is published, what transformers holds in memory, what other
-tools read. A layout
-says which tensor holds which roles (`gate`, `up`, `down`; `gate_up` for both in one) and how they lie in it. Names
-are patterns:
+A family is a set of layouts of the same model: what is published, what transformers holds in memory, what other tools
+read. A layout says which tensor holds which roles (`gate`, `up`, `down`; `gate_up` for both in one) and how they lie in
+it. Names are patterns:
 
-    {layer}  everything up to the layer's number: model.layers.3            {e}  the number of the expert; without it
-    the tensor is stacked
-    {moe}    {layer} and the layout's `block` below it: model.layers.3.mlp   {branch}  one of the layout's
-    `branches`, in the order of the experts
+    {layer}   everything up to the layer's number: model.layers.3
+    {moe}     {layer} and the layout's `block` below it: model.layers.3.mlp
+    {e}       the number of the expert; without it the tensor is stacked
+    {branch}  one of the layout's `branches`, in the order of the experts
 
 `converters/README.md` explains every key of a table. Checked completely on reading: all problems are told at once.
 """
@@ -54,8 +52,8 @@ class ExpertLayout:
         blocks: names of the MoE module below the layer (`""`: the layer itself); None: whatever the source calls it.
         order: how gate and up share a tensor: `gate-up`, `up-gate` (halves) or `interleaved` (row by row).
         transposed: roles stored as (input, output) features.
-        flat: name of the tensor whose first dimension is the number of experts, when experts are stacked as [E*rows,
-            cols]; else None.
+        flat: name of the tensor whose first dimension is the number of experts, when experts are stacked as
+            [E*rows, cols]; else None.
         biased: True where the experts have biases, False where not, None where either goes.
         branches: experts of several modules that share one index range, in its order.
         companions: canonical suffix to the suffix this layout uses (`weight_scale_inv` = "scale").
@@ -79,6 +77,11 @@ class ExpertLayout:
         """All roles, in the order of the slots."""
         return tuple(role for slot in self.slots for role in slot.roles)
 
+    @property
+    def physical(self) -> tuple[object, ...]:
+        """Layouts with the same of these hold the same numbers at the same places under the same names."""
+        return self.slots, self.order, self.transposed, self.flat, self.branches
+
     def companion(self, slot: Slot, suffix: str) -> str:
         """Pattern of what travels with a slot's weight: `...w1.weight` has `...w1.bias`, `...gate_up_proj` has
         `...gate_up_proj_bias`."""
@@ -91,10 +94,30 @@ class ExpertLayout:
         return f"{slot.pattern}_{spelled.removeprefix('weight_')}"
 
 
+@cache
+def template_regex(layout: ExpertLayout, pattern: str) -> re.Pattern[str]:
+    """Of a template: a name with every number that stands alone replaced by #."""
+    layer = r"(?P<layer>(?:.+\.)?#)"
+    if layout.blocks is None:
+        block = r"(?:\.(?P<block>[^#]+?))?"
+    else:
+        names = "|".join(re.escape(name) for name in layout.blocks if name)
+        block = rf"(?:\.(?P<block>{names}))" + ("?" if "" in layout.blocks else "") if names else "(?P<block>)"
+    parts = {
+        "{layer}": layer,
+        "{moe}": layer + block,
+        "{e}": "(?P<e>#)",
+        "{branch}": f"(?P<branch>{'|'.join(map(re.escape, layout.branches))})",
+    }
+    return re.compile("".join(parts.get(piece, re.escape(piece)) for piece in re.split(r"(\{\w+\})", pattern)))
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Layouts of the same models. `moves` are other tensors whose name differs: layout name to pattern, one mapping
-    a tensor."""
+    """Layouts of the same models.
+
+    `moves` are other tensors whose name differs: layout name to pattern, one mapping a tensor.
+    """
 
     name: str
     about: str
@@ -110,8 +133,10 @@ class Family:
 
 @dataclass(frozen=True, eq=False)
 class Companion:
-    """What travels with a weight: `rows` and `blocks` follow its rows, `scalar` is one number, `fixed` cannot move
-    and says why."""
+    """What travels with a weight.
+
+    `rows` and `blocks` follow its rows, `scalar` is one number, `fixed` cannot move and says why.
+    """
 
     suffix: str
     rule: str
@@ -333,3 +358,14 @@ def _strings(value: Any) -> bool:
 def _add(problems: list[str], problem: str) -> list[str]:
     problems.append(problem)
     return problems
+
+
+def ranges(numbers: "range | list[int]") -> str:
+    """3-7, 12 for 3, 4, 5, 6, 7, 12."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)

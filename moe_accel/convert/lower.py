@@ -8,10 +8,10 @@ once is checked here, whatever the planner said.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,7 @@ from moe_accel.convert.regions import Copy, Output, Region, Tensor
 from moe_accel.errors import CheckpointError
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A region in a file, in bytes: element (r, c) of `item` bytes lies at `at + r * row_step + c * col_step`."""
 
     file: Path
@@ -45,8 +44,7 @@ class Place:
         return self.rows * self.cols * self.item
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """`num_bytes` bytes from one file to another."""
 
     file: Path
@@ -55,8 +53,7 @@ class Run:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One copy of a gather. Row r of the block takes `cols` elements: from `at + r * row_step + c * col_step` in the
     source to `target_at + c * target_step` in the row, all in bytes."""
 
@@ -69,8 +66,7 @@ class Piece:
     target_step: int
 
 
-@dataclass(frozen=True, slots=True)
-class Gather:
+class Gather(NamedTuple):
     """`rows` rows of `row_bytes` contiguous bytes at `target_at`, made of `pieces`."""
 
     target_at: int
@@ -86,8 +82,8 @@ class Gather:
 
     def part(self, start: int, stop: int) -> "Gather":
         """Its rows from `start` up to `stop`."""
-        pieces = tuple(replace(piece, at=piece.at + start * piece.row_step) for piece in self.pieces)
-        return replace(self, target_at=self.target_at + start * self.row_bytes, rows=stop - start, pieces=pieces)
+        pieces = tuple(piece._replace(at=piece.at + start * piece.row_step) for piece in self.pieces)
+        return self._replace(target_at=self.target_at + start * self.row_bytes, rows=stop - start, pieces=pieces)
 
 
 Operation = Run | Gather
@@ -117,8 +113,7 @@ def place(region: Region, tensor: Tensor, file: Path, start: int) -> Place:
     return Place(file, start + region.offset * bits // 8, 1, size, size, 1, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Axes:
+class _Axes(NamedTuple):
     """A copy whose target axes are ordered, outer first; `at` in bytes of the target."""
 
     at: int
@@ -166,7 +161,7 @@ def _gather(name: str, group: list[_Axes]) -> Gather:
     first = group[0]
     start, end, item = first.at, max(axes.end for axes in group), first.item
     row_bytes = first.row_target_step if first.rows > 1 else end - start
-    pieces = tuple(replace(axes.piece, target_at=axes.piece.target_at - start) for axes in group)
+    pieces = tuple(axes.piece._replace(target_at=axes.piece.target_at - start) for axes in group)
     columns = tuple((piece.target_at // item, piece.cols, piece.target_step // item) for piece in pieces)
     alike = all((axes.rows, axes.row_target_step) == (first.rows, first.row_target_step) for axes in group)
     if not alike or first.rows * row_bytes != end - start or not _tiles(row_bytes // item, columns):
@@ -193,15 +188,16 @@ def lower_output(
     """
     target = Tensor(output.name, output.dtype, output.shape)
     end = start + num_bytes(output.dtype, output.shape)
-    if all(_is_plain(copy.source) and _is_plain(copy.target) for copy in output.copies):
+    if all(_is_plain(copy) for copy in output.copies):
         yield from _runs(target, start, end, output.copies, sources, locate)
         return
     found = [_axes(*both) for copy in output.copies if (both := _both(copy, target, start, sources, locate))]
     found.sort(key=lambda axes: axes.at)
-    at, group = start, []
+    at, group, reach = start, [], start
     for axes in [*found, None]:
-        if axes is not None and group and axes.at < max(each.end for each in group):
+        if axes is not None and group and axes.at < reach:
             group.append(axes)
+            reach = max(reach, axes.end)
             continue
         if group:
             if len(group) == 1 and group[0].is_run:
@@ -216,31 +212,39 @@ def lower_output(
             raise CheckpointError(
                 f"the plan for tensor {output.name!r} does not write every element exactly once: byte {at - start}"
             )
-        group = [axes] if axes is not None else []
+        group, reach = ([axes], axes.end) if axes is not None else ([], end)
 
 
-def _is_plain(region: Region) -> bool:
-    return region.col_stride == 1 and (region.row_stride == region.cols or region.rows == 1)
+def _is_plain(copy: Copy) -> bool:
+    """Whether both sides are contiguous."""
+    source, target = copy
+    return (
+        source.col_stride == target.col_stride == 1
+        and (source.row_stride == source.cols or source.rows == 1)
+        and (target.row_stride == target.cols or target.rows == 1)
+    )
 
 
 def _runs(
     target: Tensor, start: int, end: int, copies: Iterable[Copy], sources: Mapping[str, Tensor], locate
 ) -> Iterator[Run]:
     """The short way for the usual case, contiguous on both sides: there can be a hundred thousand of them."""
-    bits, at = DTYPE_BITS[target.dtype], start
+    bits, at, dtype = DTYPE_BITS[target.dtype], start, target.dtype
     for copy in sorted(copies, key=lambda each: each.target.offset):
-        region, source = copy.source, sources[copy.source.tensor]
-        file, first = locate(source.name)
-        count = region.rows * region.cols
-        if source.dtype != target.dtype or (region.rows, region.cols) != (copy.target.rows, copy.target.cols):
+        region, to = copy
+        source, offset, rows, cols = sources[region.tensor], region.offset, region.rows, region.cols
+        file, first = locate(region.tensor)
+        count = rows * cols
+        if source.dtype != dtype or rows != to.rows or cols != to.cols:
             _both(copy, target, start, sources, locate)  # says what is wrong
-        if region.offset < 0 or region.offset + count > math.prod(source.shape) or (region.offset | count) * bits % 8:
+        if offset < 0 or offset + count > math.prod(source.shape) or (offset | count) * bits % 8:
             place(region, source, file, first)
             raise CheckpointError(f"{region} leaves tensor {source.name!r} of shape {list(source.shape)}")
-        if start + copy.target.offset * bits // 8 != at or at + count * bits // 8 > end:
+        size = count * bits // 8
+        if start + to.offset * bits // 8 != at or at + size > end:
             break
-        yield Run(file, first + region.offset * bits // 8, at, count * bits // 8)
-        at += count * bits // 8
+        yield Run(file, first + offset * bits // 8, at, size)
+        at += size
     if at != end:
         raise CheckpointError(
             f"the plan for tensor {target.name!r} does not write every element exactly once: byte {at - start}"
@@ -267,10 +271,11 @@ def coalesce(operations: Iterable[Operation]) -> list[Operation]:
         if (
             isinstance(op, Run)
             and isinstance(last, Run)
-            and (last.file, last.source_at + last.num_bytes, last.target_at + last.num_bytes)
-            == (op.file, op.source_at, op.target_at)
+            and last.source_at + last.num_bytes == op.source_at  # before the files, which take longer to compare
+            and last.target_at + last.num_bytes == op.target_at
+            and last.file == op.file
         ):
-            joined[-1] = replace(last, num_bytes=last.num_bytes + op.num_bytes)
+            joined[-1] = last._replace(num_bytes=last.num_bytes + op.num_bytes)
         elif op.num_bytes:
             joined.append(op)
     return joined

@@ -47,9 +47,12 @@ def make_manifest(
     tensors: Mapping[str, Tensor],
     parts: list[Part],
     digests: Mapping[Region, str],
+    dequantized: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The manifest as JSON. Without digests (`--verify none`, `header`) it names the files alone."""
     manifest: dict[str, Any] = {"schema": SCHEMA, "plan_id": plan_id, "layout": target, "files": dict(files)}
+    if dequantized:
+        manifest["dequantized"] = dict(dequantized)
     if digests:
         experts: dict[str, dict[str, Any]] = {}
         for part in sorted(parts, key=part_key):

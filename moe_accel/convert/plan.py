@@ -1,14 +1,14 @@
 """From safetensors headers to a plan: which strided copies turn one layout of the experts into another.
 
 Any layout to any other is one step: every matrix of every expert is located in the source (`pieces`), then in the
-target (`_write`). What
-cannot be exact is refused with its reason; what is no expert passes through untouched.
+target (`_write`). What cannot be exact is refused with its reason; what is no expert passes through untouched. What is
+equal for all experts of a layer is found once: a loop over experts only makes their regions.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count, pairwise
+from typing import NamedTuple
 
 from moe_accel.convert.detect import PACKED, STACKED, Group, chunks, detect
 from moe_accel.convert.layout import TARGETS, ExpertLayout, Families, Family, Slot
@@ -19,20 +19,35 @@ _BLOCKS = (128, 32, 16, 64, 256, 512)  # rows of a scale's block, the usual ones
 _SUB_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One matrix where it lies. `form`: how a file of its own would hold it: `matrix`, `vector`, `one` ([1]) or
-    `number` ([])."""
+class Piece(NamedTuple):
+    """One matrix where it lies.
+
+    `form`: how a file of its own would hold it, `matrix`, `vector`, `one` ([1]) or `number` ([]); `shape`: as what.
+    """
 
     region: Region
     dtype: str
     form: str
+    shape: tuple[int, ...]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As a tensor of its own."""
-        rows, cols = self.region.rows, self.region.cols
-        return {"matrix": (rows, cols), "vector": (rows,), "one": (1,), "number": ()}[self.form]
+
+At = tuple[int, int, int]  # offset, row stride and column stride
+Pieces = dict[tuple[str, str], dict[int, Piece]]  # by (role, suffix) and expert
+
+
+class _Inside(NamedTuple):
+    """How the matrices of `num` experts lie in tensors of one kind and shape, `size` elements an expert.
+
+    `ats`: by role, the pieces found so far, then offset, row stride and column stride of the first expert.
+    """
+
+    num: int
+    size: int
+    rows: int
+    cols: int
+    form: str
+    shape: tuple[int, ...]
+    ats: list[tuple[dict[int, Piece], int, int, int]]
 
 
 class _Refused(Exception):
@@ -45,6 +60,7 @@ def make_plan(
     families: Families,
     model_type: str | None = None,
     num_experts: int | None = None,
+    scale_rows: int | None = None,
 ) -> Plan:
     """What to write so that the experts of a checkpoint come in the layout `target`.
 
@@ -54,6 +70,7 @@ def make_plan(
         families: from `load_families`.
         model_type: from config.json; decides between families that names and shapes cannot tell apart.
         num_experts: from config.json, to be compared with what is found.
+        scale_rows: rows of a scale's block, from config.json; None: inferred from shapes.
 
     Raises:
         CheckpointError: no experts, damaged or undecidable ones, or a target that cannot be exact.
@@ -82,7 +99,7 @@ def make_plan(
             notes.append(f"{group.prefix}: already {target} ({family.name} {to.name}); left as it is")
             continue
         try:
-            written = tuple(_write(group, to, pieces(group, families), families))
+            written = tuple(_write(group, to, pieces(group, families), scale_rows))
         except _Refused as reason:
             refused.append(f"{group.moe} to {target}: {reason}")
             continue
@@ -91,21 +108,20 @@ def make_plan(
         consumed.update(dict.fromkeys(names, ()))
         consumed[names[0]] = written
     if refused:
-        raise CheckpointError(
-            "cannot be converted exactly:\n" + "\n".join(f"  - {one}" for one in _unique(refused)[:10])
-        )
+        said = "\n".join(f"  - {one}" for one in _unique(refused)[:10])
+        raise CheckpointError(f"cannot be converted exactly:\n{said}")
     passed = []
     for name, tensor in tensors.items():
-        if name not in consumed:
+        written = consumed.get(name)
+        if written is None:
             passed.append(name)
-        for output in consumed.get(name, (_whole(tensor, moved.get(name, name)),)):
+            written = (_whole(tensor, moved.get(name, name)),)
+        for output in written:
             if output.name in outputs:
                 raise CheckpointError(f"two tensors would be written as {output.name}: the checkpoint already has one")
             outputs[output.name] = output
-    notes += [
-        f"{len(moved)} tensors beside the experts are renamed with them, {old} to {new}"
-        for old, new in list(moved.items())[:1]
-    ]
+    for old, new in list(moved.items())[:1]:
+        notes.append(f"{len(moved)} tensors beside the experts are renamed with them, {old} to {new}")
     found = tuple(Layout(*key[:3], num_experts=key[3], num_layers=count) for key, count in layouts.items())
     return Plan(tuple(outputs.values()), found, tuple(passed), tuple(_unique(notes)))
 
@@ -114,8 +130,7 @@ def parts(tensors: Mapping[str, Tensor], families: Families, model_type: str | N
     """Every matrix of every expert under a name that does not depend on the layout.
 
     Tensors that are renamed with the experts come too, as expert -1. Tensors that no part names (packed formats,
-    everything that is no
-    expert) are the same in all layouts and are compared by name.
+    everything that is no expert) are the same in all layouts and are compared by name.
 
     Raises:
         CheckpointError: damaged or undecidable experts.
@@ -126,8 +141,9 @@ def parts(tensors: Mapping[str, Tensor], families: Families, model_type: str | N
         except _Refused:
             continue
         for (role, suffix), of in found.items():
+            layer, name = group.layer, f"{role}.{suffix}" if suffix else role
             for expert, piece in of.items():
-                yield Part(group.layer, expert, f"{role}.{suffix}" if suffix else role, piece.region)
+                yield Part(layer, expert, name, piece.region)
         for move in group.family.moves:
             for name in dict.fromkeys(_moved_names(group, move)):
                 if name in tensors:
@@ -173,13 +189,9 @@ def _refusal(group: Group, family: Family, target: str) -> str:
     )
 
 
-def _name(pattern: str, layer: str, block: str, expert: int | None = None, branch: str = "") -> str:
-    name = (
-        pattern.replace("{moe}", f"{layer}.{block}" if block else layer)
-        .replace("{layer}", layer)
-        .replace("{branch}", branch)
-    )
-    return name if expert is None else name.replace("{e}", str(expert))
+def _name(pattern: str, layer: str, block: str, branch: str = "") -> str:
+    moe = f"{layer}.{block}" if block else layer
+    return pattern.replace("{moe}", moe).replace("{layer}", layer).replace("{branch}", branch)
 
 
 def _block(group: Group, to: ExpertLayout) -> str:
@@ -196,50 +208,52 @@ def _moves(group: Group, family: Family, to: ExpertLayout, tensors: Mapping[str,
                 yield old, new
 
 
-def _at(
-    layout: ExpertLayout, slot: Slot, roles: tuple[str, ...], role: str, rows: int, cols: int, start: int, vector: bool
-) -> tuple[int, int, int]:
-    """Offset, row stride and column stride of one role's matrix in a tensor whose expert begins at `start`."""
+def _at(layout: ExpertLayout, roles: tuple[str, ...], role: str, rows: int, cols: int, vector: bool) -> At:
+    """Where one role's matrix lies in the tensor of its expert."""
     index, num = roles.index(role), len(roles)
     if num > 1 and layout.order == "up-gate":
         index = num - 1 - index
     interleaved = num > 1 and layout.order == "interleaved"
     if role in layout.transposed and not vector:
-        return (start + index, num, num * rows) if interleaved else (start + index * rows, 1, num * rows)
-    return (start + index * cols, num * cols, 1) if interleaved else (start + index * rows * cols, cols, 1)
+        return (index, num, num * rows) if interleaved else (index * rows, 1, num * rows)
+    return (index * cols, num * cols, 1) if interleaved else (index * rows * cols, cols, 1)
 
 
-def pieces(group: Group, families: Families) -> dict[tuple[str, str], dict[int, Piece]]:
-    """Where the source holds every matrix, by (role, suffix) and expert."""
-    found: dict[tuple[str, str], dict[int, Piece]] = {}
-    fixed = next(
-        (suffix for _, suffix, _ in group.members if suffix and families.companions[suffix].rule == "fixed"), None
-    )
-    if fixed is not None:
-        raise _Refused(f"{fixed}: {families.companions[fixed].reason}")
+def pieces(group: Group, families: Families) -> Pieces:
+    """Where the source holds every matrix."""
+    found: Pieces = {}
+    for _, suffix, _ in group.members:
+        if suffix and families.companions[suffix].rule == "fixed":
+            raise _Refused(f"{suffix}: {families.companions[suffix].reason}")
     starts = chunks(group)
     for (slot, suffix, branch), of in sorted(group.members.items(), key=lambda item: item[0][0].roles != ("down",)):
-        roles = group.roles(slot)
-        for expert, tensor in sorted(of.items()):
-            stacked = expert == STACKED
-            count = (group.num_experts if group.layout.flat else tensor.shape[0]) if stacked else 1
-            tail = (
-                tensor.shape
-                if not stacked
-                else (tensor.shape[0] // count, *tensor.shape[1:])
-                if group.layout.flat
-                else tensor.shape[1:]
-            )
-            rows, cols, form = _tail(group, slot, roles, suffix, tail, tensor, found)
-            for local in range(count):
-                start = local * len(roles) * rows * cols
-                for role in roles:
-                    offset, down, right = _at(group.layout, slot, roles, role, rows, cols, start, form != "matrix")
-                    region = Region(tensor.name, offset, rows, cols, down, right)
-                    found.setdefault((role, suffix), {})[starts[branch] + local if stacked else expert] = Piece(
-                        region, tensor.dtype, form
-                    )
+        roles, stacked = group.roles(slot), STACKED in of
+        known: dict[tuple[int, ...], _Inside] = {}
+        for expert in sorted(of):
+            name, dtype, shape = of[expert]
+            if shape not in known:
+                known[shape] = _inside(group, slot, roles, suffix, of[expert], found)
+            num, size, rows, cols, form, alone, ats = known[shape]
+            first = starts[branch] if stacked else expert
+            for role_pieces, offset, down, right in ats:
+                for local in range(num):
+                    region = Region(name, offset + local * size, rows, cols, down, right)
+                    role_pieces[first + local] = Piece(region, dtype, form, alone)
     return found
+
+
+def _inside(group: Group, slot: Slot, roles: tuple[str, ...], suffix: str, tensor: Tensor, found: Pieces) -> _Inside:
+    """How the matrices lie in `tensor`, and in every other of its kind and shape."""
+    shape, flat = tensor.shape, group.layout.flat
+    num = 1 if slot.per_expert else group.num_experts if flat else shape[0]
+    tail = shape if slot.per_expert else (shape[0] // num, *shape[1:]) if flat else shape[1:]
+    rows, cols, form = _tail(group, slot, roles, suffix, tail, tensor, found)
+    alone = {"matrix": (rows, cols), "vector": (rows,), "one": (1,), "number": ()}[form]
+    ats = [
+        (found.setdefault((role, suffix), {}), *_at(group.layout, roles, role, rows, cols, form != "matrix"))
+        for role in (roles if num else ())
+    ]
+    return _Inside(num, len(roles) * rows * cols, rows, cols, form, alone, ats)
 
 
 def _tail(group, slot, roles, suffix, tail, tensor, found) -> tuple[int, int, str]:
@@ -263,9 +277,7 @@ def _tail(group, slot, roles, suffix, tail, tensor, found) -> tuple[int, int, st
     return rows, cols, "vector"
 
 
-def _write(
-    group: Group, to: ExpertLayout, found: dict[tuple[str, str], dict[int, Piece]], families: Families
-) -> Iterator[Output]:
+def _write(group: Group, to: ExpertLayout, found: Pieces, scale_rows: int | None) -> Iterator[Output]:
     """The tensors of the target, each with its copies."""
     for slot in to.slots:
         roles = tuple(role for role in slot.roles if (role, "") in found)
@@ -275,57 +287,65 @@ def _write(
             raise _Refused(f"{to.name} needs a gate, and these experts have none")
         for suffix in dict.fromkeys(suffix for role, suffix in found if role in roles):
             of = [found.get((role, suffix), {}) for role in roles]
-            _exact(group, to, slot, roles, suffix, of, found)
-            block = _block(group, to)
-            pattern = to.companion(slot, suffix)
+            _exact(group, to, slot, roles, suffix, of, found, scale_rows)
+            block, pattern = _block(group, to), to.companion(slot, suffix)
             if slot.per_expert:
-                for expert in sorted(of[0]):
-                    yield _output(
-                        _name(pattern, group.layer, block, expert),
-                        to,
-                        slot,
-                        roles,
-                        [[one[expert] for one in of]],
-                        stacked=False,
-                    )
+                name = _name(pattern, group.layer, block)
+                alone = ((name.replace("{e}", str(expert)), [(one[expert],) for one in of]) for expert in sorted(of[0]))
+                yield from _outputs(to, slot, roles, alone)
                 continue
             ends = chunks(group) if to.branches else [0, group.num_experts]
             for branch, (low, high) in enumerate(pairwise(ends)):
-                rows = [[one[expert] for one in of] for expert in range(low, high) if expert in of[0]]
-                other = next((one[0] for one in rows if one[0].shape != rows[0][0].shape), None)
-                if other is not None:
-                    sizes = f"{list(rows[0][0].shape)} and {list(other.shape)}"
+                experts = [expert for expert in range(low, high) if expert in of[0]]
+                by_role = [[one[expert] for expert in experts] for one in of]
+                shapes = list(dict.fromkeys(piece.shape for piece in by_role[0]))
+                if len(shapes) > 1:
+                    sizes = f"{list(shapes[0])} and {list(shapes[1])}"
                     raise _Refused(
                         f"experts of different sizes, {sizes}, cannot share one tensor; --to te-grouped or per-expert can"  # noqa: E501
                     )
                 name = _name(pattern, group.layer, block, branch=to.branches[branch] if to.branches else "")
-                yield _output(name, to, slot, roles, rows, stacked=True)
+                yield from _outputs(to, slot, roles, [(name, by_role)])
     extra = sorted({role for role, _ in found} - set(to.roles))
     if extra:
         raise _Refused(f"{to.name} has no place for {' and '.join(extra)}")
 
 
-def _output(
-    name: str, to: ExpertLayout, slot: Slot, roles: tuple[str, ...], experts: list[list[Piece]], stacked: bool
-) -> Output:
-    first, num = experts[0][0], len(roles)
-    rows, cols, copies = first.region.rows, first.region.cols, []
-    for local, of in enumerate(experts):
-        for role, piece in zip(roles, of, strict=True):
-            at = _at(to, slot, roles, role, rows, cols, local * num * rows * cols, first.form != "matrix")
-            copies.append(Copy(piece.region, Region(name, at[0], rows, cols, at[1], at[2])))
-    if first.form == "matrix":
-        shape: tuple[int, ...] = (cols, num * rows) if slot.roles[-1] in to.transposed else (num * rows, cols)
-    else:
-        shape = (num * rows,) if num > 1 or first.form != "number" else ()
-    if to.flat:
-        shape = (len(experts) * max(shape[:1]), *shape[1:])
-    elif stacked:
-        shape = (len(experts), *shape)
-    return Output(name, first.dtype, shape, tuple(copies))
+def _outputs(
+    to: ExpertLayout, slot: Slot, roles: tuple[str, ...], tensors: Iterable[tuple[str, Sequence[Sequence[Piece]]]]
+) -> Iterator[Output]:
+    """One tensor for each name and its pieces, which are given by role and expert."""
+    known: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], list[At]]] = {}  # equal for most experts
+    for name, by_role in tensors:
+        (region, dtype, form, alone), num = by_role[0][0], len(by_role[0])
+        rows, cols = region.rows, region.cols
+        if (form, alone) not in known:
+            ats = [_at(to, roles, role, rows, cols, form != "matrix") for role in roles]
+            known[form, alone] = _together(to, slot, len(roles), rows, cols, form), ats
+        shape, ats = known[form, alone]
+        if to.flat:
+            shape = (num * max(shape[:1]), *shape[1:])
+        elif not slot.per_expert:
+            shape = (num, *shape)
+        size = len(roles) * rows * cols
+        copies = [
+            [
+                Copy(piece.region, Region(name, at, rows, cols, down, right))
+                for at, piece in zip(count(offset, size), pieces, strict=False)
+            ]
+            for (offset, down, right), pieces in zip(ats, by_role, strict=True)
+        ]
+        yield Output(name, dtype, shape, tuple(chain.from_iterable(zip(*copies, strict=True))))
 
 
-def _exact(group, to, slot, roles, suffix, of, found) -> None:
+def _together(to: ExpertLayout, slot: Slot, num: int, rows: int, cols: int, form: str) -> tuple[int, ...]:
+    """The shape of `num` roles of one expert in one tensor."""
+    if form == "matrix":
+        return (cols, num * rows) if slot.roles[-1] in to.transposed else (num * rows, cols)
+    return (num * rows,) if num > 1 or form != "number" else ()
+
+
+def _exact(group, to, slot, roles, suffix, of, found, scale_rows) -> None:
     """Refuses what would need arithmetic, or would no longer mean the same."""
     if any(one.keys() != of[0].keys() for one in of):
         raise _Refused(f"{suffix or 'weight'} of {' and '.join(roles)} is not there for the same experts")
@@ -351,7 +371,7 @@ def _exact(group, to, slot, roles, suffix, of, found) -> None:
     rows = one.region.rows
     if rows == weight or (rows == 1 and one.form == "one"):
         return
-    size = next((size for size in _BLOCKS if math.ceil(weight / size) == rows), None)
+    size = next((size for size in ((scale_rows,) if scale_rows else _BLOCKS) if math.ceil(weight / size) == rows), None)
     if size is None or weight % size:
         raise _Refused(
             f"{suffix}: gate and up have {weight} rows and {rows} rows of scales, so blocks of {size or 'no usual size'} would "  # noqa: E501

@@ -11,23 +11,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from moe_accel.convert.copy import Copier, Files, Stopped
+from moe_accel.convert.dequantize import Dequantization, plan_dequantization
 from moe_accel.convert.headers import read_header
 from moe_accel.convert.layout import load_families
-from moe_accel.convert.lower import Operation, batches, coalesce, lower_output
+from moe_accel.convert.lower import Operation, Run, batches, coalesce, lower_output
 from moe_accel.convert.manifest import make_manifest
 from moe_accel.convert.plan import make_plan
 from moe_accel.convert.plan import parts as parts_of
+from moe_accel.convert.quantized import block_size
 from moe_accel.convert.regions import Part, Plan, Region, Tensor
 from moe_accel.convert.shards import INDEX, Shard, make_index, pack
 from moe_accel.convert.source import MANIFEST, Checkpoint, open_checkpoint
 from moe_accel.convert.target import Target, refuse_overlap, writing
-from moe_accel.convert.verify import Checker, MismatchError
-from moe_accel.convert.work import BATCH_BYTES, Progress, default_threads, run_all, silent, workers
+from moe_accel.convert.verify import Checker, Due, MismatchError, copy_bytes
+from moe_accel.convert.work import BATCH_BYTES, Progress, default_threads, in_batches, in_order, silent, workers
 from moe_accel.errors import CheckpointError, ConfigError
 from moe_accel.version import VERSION
 
@@ -44,6 +46,7 @@ class Options:
     verify: str = "full"
     overwrite: bool = False
     threads: int = field(default_factory=default_threads)
+    dequantize: str | None = None
 
     def __post_init__(self) -> None:
         if self.verify not in VERIFY_LEVELS:
@@ -64,6 +67,7 @@ class Job:
     operations: dict[str, list[Operation]]
     find_parts: Callable[[], tuple[list[Part], list[Part]]]
     plan_id: str
+    dequantization: Dequantization | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -113,16 +117,20 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _prepare(source: Path, target: Path, options: Options) -> Job:
     checkpoint = open_checkpoint(source)
+    lossy = plan_dequantization(checkpoint, target, options.dequantize) if options.dequantize else None
+    checkpoint = lossy.checkpoint if lossy else checkpoint
     families = load_families(options.family)
-    plan = make_plan(checkpoint.tensors, options.to, families, checkpoint.model_type)
+    rows, _ = block_size(checkpoint.config) or (None, None)
+    plan = make_plan(checkpoint.tensors, options.to, families, checkpoint.model_type, scale_rows=rows)
 
     def find_parts() -> tuple[list[Part], list[Part]]:
         written = {each.name: Tensor(each.name, each.dtype, each.shape) for each in plan.outputs}
         both = (checkpoint.tensors, written)
-        before, after = (list(parts_of(tensors, families, checkpoint.model_type)) for tensors in both)
+        with _no_garbage_collection():
+            before, after = (list(parts_of(tensors, families, checkpoint.model_type)) for tensors in both)
         return before, after
 
-    return make_job(checkpoint, target, options, plan, find_parts)
+    return replace(make_job(checkpoint, target, options, plan, find_parts), dequantization=lossy)
 
 
 def make_job(
@@ -183,15 +191,21 @@ def execute(job: Job, progress: Progress = silent) -> Report:
         index = make_index(job.shards, checkpoint.index_metadata) if len(job.shards) > 1 else None
         names |= {INDEX: len(index)} if index else {}
         target.claim(names, job.options.overwrite)
+        if lossy := job.dequantization:
+            then = sum(size for name, size in names.items() if not (job.target / name).exists())
+            lossy.write(job.options.threads, job.options.verify == "full", then, progress)
         for name in checkpoint.others:
-            target.copy_in(checkpoint.folder / name, name)
+            target.copy_in(checkpoint.other(name), name)
         parts = job.find_parts() if job.options.verify == "full" else ([], [])
         kept, digests = _write_shards(job, target, parts, progress)
         files = {shard.name: shard.file_bytes for shard in job.shards}
-        content = make_manifest(job.plan_id, job.options.to, files, job.tensors, parts[1], digests)
+        said = lossy.record if lossy else None
+        content = make_manifest(job.plan_id, job.options.to, files, job.tensors, parts[1], digests, said)
         target.write(MANIFEST, content)
         if index:
             target.write(INDEX, index)
+        if lossy:
+            lossy.remove()
     finally:
         target.unlock()
     written = tuple(shard.name for shard in job.shards if shard.name not in kept)
@@ -214,7 +228,11 @@ def _write_shards(
     unfinished: set[str] = set()
     finishing: list[Future[None]] = []
     try:
-        with workers(job.options.threads, files) as pool, ThreadPoolExecutor(1) as finisher:
+        with (
+            workers(job.options.threads, files) as pool,
+            ThreadPoolExecutor(1) as mover,
+            ThreadPoolExecutor(1) as finisher,
+        ):
             try:
                 for shard in job.shards:
                     if _is_whole(job.target / shard.name, shard):
@@ -223,8 +241,8 @@ def _write_shards(
                         _check_kept(pool, checker, job, shard)
                         continue
                     unfinished.add(shard.name)
-                    _copy_shard(pool, copier, job, target, shard)
-                    finishing.append(finisher.submit(_finish, pool, checker, job, target, shard, unfinished))
+                    checks = _copy_shard((mover, pool), copier, checker, job, shard)
+                    finishing.append(finisher.submit(_finish, checks, checker, job, target, shard, unfinished))
                     _raise_first(finishing[:-1])
                 _raise_first(finishing, wait=True)
                 digests = _check_all(pool, checker, job, parts)
@@ -285,32 +303,55 @@ def _is_whole(file: Path, shard: Shard) -> bool:
     return False
 
 
-def _copy_shard(pool: ThreadPoolExecutor, copier: Copier, job: Job, target: Target, shard: Shard) -> None:
+def _copy_shard(
+    pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor], copier: Copier, checker: Checker, job: Job, shard: Shard
+) -> list[Future[None]]:
+    """Write one file under its temporary name; what is whole is checked meanwhile, by the tasks that are returned.
+
+    `pools`: one thread for what the kernel copies, as it locks the file anyway; several for what passes through
+    buffers, and for checks.
+    """
+    target = Target(job.target, job.plan_id)
     temporary = target.create(shard.name, shard.header, shard.file_bytes)
 
     def needed_bytes() -> int:
         done = sum(each.file_bytes for each in job.shards if (job.target / each.name).exists())
         return sum(each.file_bytes for each in job.shards) - done
 
-    def execute_batch(batch: list[Operation]) -> None:
+    def execute_batch(batch: list[Operation]) -> int:
         with writing(temporary, needed_bytes):
             copier.execute(batch, temporary)
+        return sum(op.num_bytes for op in batch)
 
-    run_all(
-        pool, copier.files, (partial(execute_batch, each) for each in batches(job.operations[shard.name], BATCH_BYTES))
-    )
+    mover, pool = pools
+    tasks = (partial(execute_batch, each) for each in batches(job.operations[shard.name], BATCH_BYTES))
+    only_runs = all(isinstance(op, Run) for op in job.operations[shard.name])
+    copied = in_order(mover if only_runs else pool, copier.files, tasks, ahead=1 if only_runs else job.options.threads)
+    due, end, checks = Due(shard), len(shard.header), []
+    with target.sync_meanwhile(shard.name):
+        for num_bytes in copied:
+            end += num_bytes
+            ready = due.until(end) if job.options.verify == "full" else []
+            checks += [pool.submit(checker.check, each, temporary, shard) for each in in_batches(ready, copy_bytes)]
+    if job.options.verify == "full":
+        checks.append(pool.submit(checker.check, due.all(), temporary, shard))
+    return checks
 
 
 def _finish(
-    pool: ThreadPoolExecutor, checker: Checker, job: Job, target: Target, shard: Shard, unfinished: set[str]
+    checks: list[Future[None]], checker: Checker, job: Job, target: Target, shard: Shard, unfinished: set[str]
 ) -> None:
-    """Sync, check and publish one file; the next is being copied meanwhile."""
+    """Sync and publish one file when its checks have ended well; the next is being copied meanwhile."""
     target.sync(shard.name)
     temporary = target.temporary(shard.name)
     if job.options.verify != "none" and read_header(temporary).raw != shard.header:
         raise CheckpointError(f"{temporary} does not have the header that was written to it")
-    if job.options.verify == "full":
-        checker.check_copies(pool, temporary, shard)
+    try:
+        _raise_first(checks, wait=True)
+    except CheckpointError:
+        checker.files.stop.set()
+        raise
+    checker.files.close(temporary)
     target.publish(shard.name)
     unfinished.discard(shard.name)
 

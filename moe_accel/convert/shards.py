@@ -12,6 +12,7 @@ from moe_accel.errors import ConfigError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_DIGITS = re.compile(r"([0-9]+)")
 _UNITS = {"": 1, "B": 1} | {
     unit + suffix: base**power
     for power, unit in enumerate("KMGT", 1)
@@ -43,9 +44,11 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """A sort key by which layers.2 stands before layers.10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+def natural(name: str) -> list[Any]:
+    """A sort key by which layers.2 stands before layers.10: text and numbers in turn, text first."""
+    parts: list[Any] = _DIGITS.split(name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def pack(outputs: Iterable[Output], max_shard_bytes: int, metadata: Mapping[str, str] | None) -> list[Shard]:

@@ -29,7 +29,8 @@ _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 class Checkpoint:
     """A directory of safetensors files and what lies beside them.
 
-    `others` are the files to take along, relative to `folder`; `left_out` are weights in formats that are not read.
+    `others` are the files to take along, relative to `folder`; `left_out` are weights in formats that are not read;
+    `rewritten` says where one of `others` lies that is not taken as it is.
     """
 
     folder: Path
@@ -39,11 +40,16 @@ class Checkpoint:
     index_metadata: dict[str, Any] | None
     others: tuple[str, ...] = ()
     left_out: tuple[str, ...] = field(default=())
+    rewritten: dict[str, Path] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
         return {name: tensor for header in self.headers.values() for name, tensor in header.tensors.items()}
+
+    def other(self, name: str) -> Path:
+        """Where one of `others` lies."""
+        return self.rewritten.get(name, self.folder / name)
 
     @property
     def model_type(self) -> str | None:
@@ -179,10 +185,10 @@ def _is_plain(name: str) -> bool:
 def _locate(folder: Path, headers: dict[str, Header], weight_map: dict[str, str]) -> dict[str, str]:
     file_of: dict[str, str] = {}
     for file_name, header in headers.items():
-        for tensor in header.tensors:
-            if tensor in file_of:
-                raise CheckpointError(f"{folder}: {tensor!r} is in two files, {file_of[tensor]} and {file_name}")
-            file_of[tensor] = file_name
+        if not file_of.keys().isdisjoint(header.tensors):
+            tensor = next(tensor for tensor in header.tensors if tensor in file_of)
+            raise CheckpointError(f"{folder}: {tensor!r} is in two files, {file_of[tensor]} and {file_name}")
+        file_of |= dict.fromkeys(header.tensors, file_name)
     if weight_map and weight_map != file_of:
         for tensor, file_name in weight_map.items():
             if file_of.get(tensor) != file_name:

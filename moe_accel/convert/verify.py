@@ -1,6 +1,7 @@
 """Proof that two places hold the same bits: the copies of a conversion, or two directories in any layouts."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from moe_accel.convert.copy import Files
 from moe_accel.convert.digest import digest
-from moe_accel.convert.headers import num_bytes
+from moe_accel.convert.headers import DTYPE_BITS, num_bytes
 from moe_accel.convert.layout import load_families
 from moe_accel.convert.lower import place
 from moe_accel.convert.manifest import other_tensors, part_key, whole
@@ -23,6 +24,38 @@ from moe_accel.errors import CheckpointError
 
 class MismatchError(CheckpointError):
     """What was written is not what was read."""
+
+
+class Due:
+    """The copies of a shard in the order in which they are whole, when the file is written from its first byte on."""
+
+    def __init__(self, shard: Shard) -> None:
+        found = []
+        for output in shard.outputs:
+            start, bits = shard.starts[output.name], DTYPE_BITS[output.dtype]
+            for copy in output.copies:
+                to = copy.target
+                last = to.offset + (to.rows - 1) * to.row_stride + (to.cols - 1) * to.col_stride
+                found.append((start + ((last + 1) * bits + 7) // 8, copy))
+        self._left = deque(sorted(found, key=lambda pair: pair[0]))
+
+    def all(self) -> list[Copy]:
+        """Every copy that was not handed out."""
+        left = [copy for _, copy in self._left]
+        self._left.clear()
+        return left
+
+    def until(self, end: int) -> list[Copy]:
+        """The copies whose last byte lies before byte `end` of the file and that were not handed out."""
+        found = []
+        while self._left and self._left[0][0] <= end:
+            found.append(self._left.popleft()[1])
+        return found
+
+
+def copy_bytes(copy: Copy) -> int:
+    """About the bytes of a copy: its elements at two bytes each."""
+    return copy.target.rows * copy.target.cols * 2
 
 
 class Checker:
@@ -42,13 +75,13 @@ class Checker:
         Raises:
             MismatchError: they differ.
         """
-        tensors = {each.name: Tensor(each.name, each.dtype, each.shape) for each in shard.outputs}
-        copies = [copy for output in shard.outputs for copy in output.copies]
-        lists = in_batches(copies, lambda copy: copy.target.rows * copy.target.cols * 2)
-        run_all(pool, self.files, (partial(self._check, each, tensors, file, shard) for each in lists))
+        lists = in_batches(Due(shard).all(), copy_bytes)
+        run_all(pool, self.files, (partial(self.check, each, file, shard) for each in lists))
         self.files.close(file)
 
-    def _check(self, copies: list[Copy], tensors: Mapping[str, Tensor], file: Path, shard: Shard) -> None:
+    def check(self, copies: list[Copy], file: Path, shard: Shard) -> None:
+        """Compare some copies of `shard`, as `check_copies`."""
+        tensors = {each.name: Tensor(each.name, each.dtype, each.shape) for each in shard.outputs}
         for copy in copies:
             target = self._digest(copy.target, tensors[copy.target.tensor], file, shard.starts[copy.target.tensor])
             source = self._digest_source(copy.source)

@@ -1,8 +1,9 @@
 """Threads that stop together: at the first failure, or when the user presses Ctrl-C."""
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -57,6 +58,25 @@ def run_all(pool: ThreadPoolExecutor, files: Files, tasks: Iterable[Callable[[],
     if failures:
         raise next((error for error in failures if not isinstance(error, Stopped)), failures[0])
     return results
+
+
+def in_order(pool: ThreadPoolExecutor, files: Files, tasks: Iterable[Callable[[], Any]], ahead: int) -> Iterator[Any]:
+    """The results of `tasks`, in order, as they come; at most `ahead` of them are begun before theirs is taken.
+
+    The first failure stops the others and is raised.
+    """
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except Exception as error:
+        files.stop.set()
+        failures = [error, *(found for each in waiting if (found := each.exception()) is not None)]
+        raise next((each for each in failures if not isinstance(each, Stopped)), error) from None
 
 
 def in_batches(items: Iterable[Any], size: Callable[[Any], int]) -> list[list[Any]]:

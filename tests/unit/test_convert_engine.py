@@ -1,6 +1,5 @@
 """Copying: what lands in the target is what numpy says, whatever the strides; and it lands in bounded memory."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -164,8 +163,8 @@ def lower(output: Output, dtype: str = "F32", size: int = 32) -> list:
 
 def changed(output: Output, at: int, **fields) -> Output:
     copies = list(output.copies)
-    copies[at] = Copy(copies[at].source, dataclasses.replace(copies[at].target, **fields))
-    return dataclasses.replace(output, copies=tuple(copies))
+    copies[at] = Copy(copies[at].source, copies[at].target._replace(**fields))
+    return output._replace(copies=tuple(copies))
 
 
 def test_copies_that_lie_in_one_another_are_written_together():

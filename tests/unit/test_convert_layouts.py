@@ -377,7 +377,7 @@ def test_a_hundred_thousand_tensors_plan_in_seconds() -> None:
     tensors: dict[str, Tensor] = {}
     for layer in range(130):
         tensors |= per_expert(256, layer=f"model.layers.{layer}")
-    start = time.process_time()
+    start = time.process_time()  # of the processor: the machine may be busy
     plan = make_plan(tensors, "stacked", FAMILIES, "qwen3_moe")
     assert len(plan.outputs) == 260
-    assert time.process_time() - start < 6
+    assert time.process_time() - start < 2.5

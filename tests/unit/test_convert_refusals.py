@@ -181,7 +181,7 @@ def test_a_byte_that_goes_wrong_on_the_way_is_never_published(source, tmp_path, 
 def test_a_plan_that_swaps_two_experts_is_caught(source, tmp_path):
     job = job_of(source, tmp_path / "out")
     before, (first, second, *rest) = job.find_parts()
-    swapped = [dataclasses.replace(first, role=second.role), dataclasses.replace(second, role=first.role), *rest]
+    swapped = [first._replace(role=second.role), second._replace(role=first.role), *rest]
     with pytest.raises(MismatchError, match="is not the same matrix in source and target"):
         execute(dataclasses.replace(job, find_parts=lambda: (before, swapped)))
     assert list((tmp_path / "out").glob("*.safetensors*")) == []
@@ -204,4 +204,4 @@ def test_100_000_tensors_are_planned_in_seconds(tmp_path):
     start = time.process_time()  # of the processor: the machine may be busy
     job = run.prepare(source, tmp_path / "out", Options("stacked"))
     assert (len(names), len(job.plan.outputs)) == (99_840, 130)
-    assert time.process_time() - start < 8, "4 s when last measured, on a busy machine"
+    assert time.process_time() - start < 3, "1.4 s when last measured"
