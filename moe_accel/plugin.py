@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_accel import checkpoint, experts
+from moe_accel import block, checkpoint, experts, loss
 from moe_accel.dispatch import AllToAll, Dispatcher
 from moe_accel.errors import ConfigError, DependencyError, UnsupportedModelError
 from moe_accel.hooks import wrap
@@ -145,6 +145,8 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         num_local_experts=" or ".join(str(size // config.ep_size) for size in sizes),
         dispatcher=dispatcher,
         kernels=kernels,
+        block=choose_block(kernels, _unwrapped(model), accelerator.device),
+        loss=choose_loss(kernels, _unwrapped(model)),
         num_expert_parameters=sum(count for count, _ in counts),
         num_trainable=sum(count for count, trainable in counts if trainable),
         notes=(
@@ -180,6 +182,20 @@ def choose_kernels(asked: str, device: torch.device) -> Choice:
         return Choice("reference", "asked for: one expert after the other, slow and true")
     how = "grouped GEMMs for bf16 on this GPU" if device.type == "cuda" else "one product per expert on this device"
     return Choice("fused", f"{'asked for' if asked == 'fused' else asked}: {how}")
+
+
+def choose_block(kernels: Choice, model: nn.Module, device: torch.device) -> Choice:
+    """How norms and rotary embeddings are computed, with the reason."""
+    if kernels.value == "reference":
+        return Choice("native", "as transformers does it, with kernels: reference")
+    return block.install(model, device)
+
+
+def choose_loss(kernels: Choice, model: nn.Module) -> Choice:
+    """How the loss of `labels=` is computed, with the reason."""
+    if kernels.value == "reference":
+        return Choice("native", "as transformers does it, with kernels: reference")
+    return loss.install(model)
 
 
 def choose_dispatcher(asked: str, ep_size: int) -> Choice:

@@ -30,6 +30,8 @@ class Report:
         num_local_experts: those of them on each rank.
         dispatcher: transport of tokens.
         kernels: how a rank computes.
+        block: how norms and rotary embeddings are computed.
+        loss: how the loss of `labels=` is computed.
         num_expert_parameters: elements of all experts of the whole model.
         num_trainable: those of them that require a gradient.
         notes: anything else that the user should know.
@@ -43,6 +45,8 @@ class Report:
     num_local_experts: str
     dispatcher: Choice
     kernels: Choice
+    block: Choice
+    loss: Choice
     num_expert_parameters: int
     num_trainable: int
     notes: tuple[str, ...] = ()
@@ -57,6 +61,8 @@ class Report:
             f"{self.num_experts} experts, {self.num_local_experts} on each rank",
             "dispatcher": self.dispatcher,
             "kernels": self.kernels,
+            "block": self.block,
+            "loss": self.loss,
             "trainable": trainable,
         }
         lines = [f"moe-accel {VERSION}: {self.model}"]

@@ -28,6 +28,24 @@ def grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     return grouped_mm_by_group(rows, matrices, ends)
 
 
+def grouped_outer(rows: Tensor, others: Tensor, ends: Tensor) -> Tensor:
+    """For each group of rows its `rows.T @ others`: the gradient of a grouped GEMM's matrices.
+
+    Args:
+        rows: [P,A], sorted by group.
+        others: [P,B], the dtype of `rows`.
+        ends: [e] int32, as for `grouped_mm`.
+
+    Returns:
+        [e,A,B]; zeros for a group without rows. Not differentiable.
+    """
+    if takes_torch_grouped_mm(rows, others[None]) and rows.shape[0]:
+        return functional.grouped_mm(rows.t(), others, offs=ends)
+    stops = ends.tolist()
+    sizes = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+    return torch.stack([a.t() @ b for a, b in zip(rows.split(sizes), others.split(sizes), strict=True)])
+
+
 def grouped_mm_by_group(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """`grouped_mm` as one product per group: the definition, and what runs without a GPU."""
     stops = ends.tolist()

@@ -2,7 +2,7 @@
 
 `gather_rows` and `sum_rows` are each other's transpose, so each is the other's backward. Written with `x[rows]` alone,
 autograd would scatter with atomics (`index_put`, 1.46 ms of a 19.5 ms block on an H100, and not deterministic). Here
-the sum is one segmented reduction (`embedding_bag`), which accumulates bf16 in fp32.
+the sum is one segmented reduction, which accumulates bf16 in fp32: a Triton kernel on a GPU, `embedding_bag` elsewhere.
 
 Sizes: N source rows, P copies, H columns.
 """
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from moe_accel.kernels.device import launch, tl, triton, use_triton
 
 
 class RowMap(NamedTuple):
@@ -40,25 +42,65 @@ def sum_rows(y: Tensor, rows: RowMap) -> Tensor:
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, sources: Tensor, copies: Tensor, starts: Tensor, gather: bool) -> Tensor:
+    def forward(ctx: Any, values: Tensor, sources: Tensor, copies: Tensor, starts: Tensor, is_gather: bool) -> Tensor:
         ctx.save_for_backward(sources, copies, starts)
-        ctx.gather = gather
-        return _gather(values, sources) if gather else _sum(values, copies, starts)
+        ctx.is_gather = is_gather
+        return gather(values, sources) if is_gather else sum_copies(values, copies, starts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         sources, copies, starts = ctx.saved_tensors
         (gradient,) = gradients
-        gradient = _sum(gradient, copies, starts) if ctx.gather else _gather(gradient, sources)
+        gradient = sum_copies(gradient, copies, starts) if ctx.is_gather else gather(gradient, sources)
         return gradient, None, None, None, None
 
 
-def _gather(values: Tensor, sources: Tensor) -> Tensor:
+def gather(values: Tensor, sources: Tensor) -> Tensor:
+    """values [N,H] -> [P,H], `values[sources]`. Not differentiable: see `gather_rows`."""
     return values.index_select(0, sources)
 
 
-def _sum(values: Tensor, copies: Tensor, starts: Tensor) -> Tensor:
+def sum_copies(values: Tensor, copies: Tensor, starts: Tensor) -> Tensor:
+    """values [P,H] -> [N,H], as `sum_torch`. Not differentiable: see `sum_rows`."""
+    if use_triton(values):
+        return sum_triton(values.contiguous(), copies, starts)
+    return sum_torch(values.contiguous(), copies, starts)
+
+
+def sum_torch(values: Tensor, copies: Tensor, starts: Tensor) -> Tensor:
+    """The definition: values [P,H] -> [N,H], row n the sum of `values[copies[starts[n]:starts[n + 1]]]`."""
     if starts.numel() == 0:  # embedding_bag insists on one bag at least
         return values.new_zeros(0, values.shape[1])
-    return torch.embedding_bag(values.contiguous(), copies, starts, mode=0)[0]
+    return torch.embedding_bag(values, copies, starts, mode=0)[0]
+
+
+COLUMNS, COPIES = 1024, 8  # of a tile; 8 copies of 16,384 rows of 2048, one H100: see tests/gpu/results
+
+
+def sum_triton(values: Tensor, copies: Tensor, starts: Tensor) -> Tensor:
+    """`sum_torch` as a kernel: each program sums the copies of one row, in their order, in fp32."""
+    (num_pairs, width), num_rows = values.shape, starts.numel()
+    out = values.new_empty(num_rows, width)
+    grid = num_rows, -(-width // COLUMNS)
+    launch(_sum_kernel, grid, values, copies, starts, out, num_rows, num_pairs, width, COPIES=COPIES, COLUMNS=COLUMNS)
+    return out
+
+
+@triton.jit
+def _sum_kernel(values, copies, starts, out, num_rows, num_pairs, width, COPIES: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    start = tl.load(starts + row)
+    end = tl.load(starts + row + 1, mask=row + 1 < num_rows, other=num_pairs)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    while start < end:
+        at = start + tl.arange(0, COPIES)
+        copy = tl.load(copies + at, mask=at < end, other=0)
+        tile = tl.load(
+            values + copy[:, None] * width + columns[None, :], mask=(at < end)[:, None] & inside[None, :], other=0.0
+        )
+        total += tl.sum(tile.to(tl.float32), 0)
+        start += COPIES
+    tl.store(out + row * width + columns, total.to(out.dtype.element_ty), mask=inside)

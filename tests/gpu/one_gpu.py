@@ -1,6 +1,7 @@
 """One arm, one process, one GPU: a full fine-tuning step of Qwen3-30B-A3B's layer shapes, optimizer inside.
 
-usage      python tests/gpu/one_gpu.py native|moe_accel|reference [--layers 4] [--batch 4] [--sequence 4096]
+usage      python tests/gpu/one_gpu.py native|compile|liger|moe_accel|reference
+           [--layers 4] [--batch 4] [--sequence 4096]
 prints     one JSON line: ms per step (median of 10 after 4), tok/s, peak GiB, losses, and gradient norms of the first
            step by kind of parameter
 
@@ -53,15 +54,21 @@ def norms_by_kind(model: torch.nn.Module) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("arm", choices=["native", "moe_accel", "reference"])
+    parser.add_argument("arm", choices=["native", "compile", "liger", "moe_accel", "reference"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
+    if args.arm == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
+
+        apply_liger_kernel_to_qwen3_moe()
     model = build(args.layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    if args.arm != "native":
+    if args.arm == "compile":
+        model = torch.compile(model)
+    if args.arm in ("moe_accel", "reference"):
         from accelerate import Accelerator
 
         from moe_accel import MoEConfig

@@ -7,6 +7,10 @@ prints     ms of each form, N = 16,384 rows, K = 8 copies, H = 2048, bf16 (0.60 
 import torch
 from triton.testing import do_bench
 
+from moe_accel.kernels.cross_entropy import softmax_gradient_
+from moe_accel.kernels.rows import sum_triton
+from moe_accel.kernels.swiglu import swiglu, swiglu_backward
+
 
 def main() -> None:
     num_rows, top_k, width = 16_384, 8, 2048
@@ -25,6 +29,7 @@ def main() -> None:
             y[copies], "sum", offsets=torch.cat([starts, starts.new_tensor([num_rows * top_k])]), axis=0
         ),
     }
+    forms["triton"] = lambda: sum_triton(y, copies, starts)
     for name, form in forms.items():
         try:
             result = form()
@@ -32,6 +37,15 @@ def main() -> None:
             print(f"{name:<28} {do_bench(form, return_mode='median'):7.3f} ms  error {float(error):.1e}", flush=True)
         except RuntimeError as problem:
             print(f"{name:<28} {str(problem).splitlines()[0]}", flush=True)
+    u, gradient = (torch.randn(num_rows * top_k, w, device="cuda", dtype=torch.bfloat16) for w in (1536, 768))
+    weight = torch.rand(num_rows * top_k, device="cuda")
+    print(f"swiglu {do_bench(lambda: swiglu(u, weight), return_mode='median'):.3f} ms (0.60 GB)")
+    took = do_bench(lambda: swiglu_backward(gradient, u, weight), return_mode="median")
+    print(f"swiglu backward {took:.3f} ms (1.21 GB)")
+    logits, labels = torch.randn(3533, 151_936, device="cuda").bfloat16(), torch.arange(3533, device="cuda")
+    scale = torch.ones(1, device="cuda")
+    took = do_bench(lambda: softmax_gradient_(logits, labels, scale, -100), return_mode="median")
+    print(f"softmax gradient {took:.3f} ms (2.1 GB, 3.2 if read twice)")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ LAYERS = [
     {"mesh", "kernels", "cpu", "environment"},
     {"dispatch", "convert"},
     {"experts"},
-    {"shard", "checkpoint", "metrics", "estimate"},
+    {"block", "loss", "shard", "checkpoint", "metrics", "estimate"},
     {"plugin"},
     {"parallelism"},
     {"worker"},

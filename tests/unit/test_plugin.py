@@ -131,6 +131,8 @@ def test_rank_0_says_what_was_done_once(capsys):
         "  experts     2 of 2 layers of Qwen3MoeExperts: 8 experts, 8 on each rank\n"
         "  dispatcher  none (ep_size 1: every rank has all experts)\n"
         "  kernels     fused (auto: one product per expert on this device)\n"
+        "  block       native (kernels need a GPU)\n"
+        "  loss        fused (output layer and cross-entropy together, never all logits, where labels are given)\n"
         f"  trainable   {parameters}\n"
     )
 

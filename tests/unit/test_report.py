@@ -16,6 +16,8 @@ REPORT = Report(
     num_local_experts="32",
     dispatcher=Choice("alltoall", "auto: it needs nothing but torch.distributed"),
     kernels=Choice("fused", "auto: grouped GEMMs for bf16 on this GPU"),
+    block=Choice("fused", "193 of 193 norms, rotary embeddings too"),
+    loss=Choice("fused", "output layer and cross-entropy together"),
     num_expert_parameters=28_991_029_248,
     num_trainable=28_991_029_248,
 )
@@ -26,6 +28,8 @@ moe-accel {VERSION}: Qwen3MoeForCausalLM
   experts     48 of 48 layers of Qwen3MoeExperts: 128 experts, 32 on each rank
   dispatcher  alltoall (auto: it needs nothing but torch.distributed)
   kernels     fused (auto: grouped GEMMs for bf16 on this GPU)
+  block       fused (193 of 193 norms, rotary embeddings too)
+  loss        fused (output layer and cross-entropy together)
   trainable   29 B of 29 B expert parameters
 """
 

@@ -1,0 +1,107 @@
+"""The rest of a block: norms and rotary embeddings that are provably the usual ones are computed by our kernels.
+
+Provably: before anything is replaced, the model's own function and ours get the same random numbers on the CPU, and
+must agree. A norm or rotation of another kind stays as it is.
+"""
+
+import inspect
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_accel.hooks import wrap
+from moe_accel.kernels.device import HAS_TRITON, use_triton
+from moe_accel.kernels.rms_norm import normalise_torch, rms_norm
+from moe_accel.kernels.rope import rotate, rotate_torch
+from moe_accel.report import Choice
+
+ROTATION = "apply_rotary_pos_emb"
+
+
+def install(model: nn.Module, device: torch.device) -> Choice:
+    """Replace the norms and rotations of a model that is trained on `device`; returns what was done and why."""
+    if device.type != "cuda" or not HAS_TRITON:
+        return Choice("native", f"kernels need {'triton' if device.type == 'cuda' else 'a GPU'}")
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    fused = [module for module in norms if fuse_norm(module)]
+    rotations = {type(module).__module__ for module in model.modules()}
+    turned = [name for name in sorted(rotations) if fuse_rotation(sys.modules[name])]
+    said = f"{len(fused)} of {len(norms)} norms, rotary embeddings {'too' if turned else 'of their own kind stay'}"
+    return Choice("fused" if fused or turned else "native", said)
+
+
+def fuse_norm(module: Any) -> bool:
+    """Let one norm compute with `rms_norm`, if it is one; returns whether it does."""
+    offset = offset_of(module)
+    if offset is not None and "forward" not in vars(module):
+        module._moe_accel_norm = (_eps(module), offset)
+        module.forward = types.MethodType(_normed, module)
+    return offset is not None
+
+
+def offset_of(module: nn.Module) -> float | None:
+    """What a norm adds to its weight: 0, or 1 as in Gemma; None where it is no RMSNorm with one weight."""
+    eps, weight = _eps(module), getattr(module, "weight", None)
+    takes = list(inspect.signature(type(module).forward).parameters)
+    plain = {name for name, _ in module.named_parameters()} == {"weight"} and not list(module.buffers())
+    if not isinstance(eps, float) or not plain or weight is None or weight.ndim != 1 or len(takes) != 2:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x, probe = (torch.randn(*shape, generator=generator) for shape in ((3, weight.shape[0]), weight.shape))
+    original = types.MethodType(type(module).forward, module)
+    saved, module._parameters["weight"] = module._parameters["weight"], nn.Parameter(probe, requires_grad=False)
+    try:
+        expected = original(x)
+    except (RuntimeError, TypeError, AttributeError, ValueError):
+        return None
+    finally:
+        module._parameters["weight"] = saved
+    for offset in (0.0, 1.0):
+        found = normalise_torch(x, probe, eps, offset)[0]
+        if isinstance(expected, Tensor) and torch.allclose(found, expected, rtol=1e-5, atol=1e-6):
+            return offset
+    return None
+
+
+def _eps(module: Any) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _normed(module: Any, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or not use_triton(x):  # the compiler fuses a norm by itself
+        return type(module).forward(module, x)
+    return rms_norm(x, module.weight, *module._moe_accel_norm)
+
+
+def fuse_rotation(module: Any) -> bool:
+    """Let a modeling file rotate with `rotate`, if it rotates q and k as Llama does; returns whether it does."""
+    function = getattr(module, ROTATION, None)
+    if function is None:
+        return False
+    if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 3, 8, generator=generator) for heads in (4, 2))
+    cos, sin = (torch.randn(2, 3, 8, generator=generator) for _ in range(2))
+    try:
+        found = inspect.unwrap(function)(q, k, cos, sin)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    if not all(torch.allclose(one, rotate_torch(x, cos, sin)) for one, x in zip(found, (q, k), strict=True)):
+        return False
+    wrap(module, ROTATION, _rotated)
+    return True
+
+
+def _rotated(original: Any) -> Any:
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        usual = q.ndim == 4 and cos.ndim == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and cos.shape == sin.shape
+        fits = usual and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[2] == k.shape[2]
+        if args or kwargs or not fits or torch.compiler.is_compiling() or not (use_triton(q) and use_triton(k)):
+            return original(q, k, cos, sin, *args, **kwargs)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    return apply_rotary_pos_emb

@@ -1,0 +1,152 @@
+"""Softmax cross-entropy of a linear layer's output that never holds all logits: value and gradients, chunk by chunk.
+
+For every chunk of rows: logits = hidden @ weight.T; one kernel turns them, in place, into their gradient and adds up
+the loss; two more GEMMs turn that into gradients of hidden and weight. What is alive is one chunk of logits in the
+dtype of hidden; native holds all of them four times (bf16, fp32, log-softmax, gradient). Three GEMMs, as native has.
+The idea: Hsu et al., "Liger Kernel" (2024), whose chunks are smaller: 256 rows at a vocabulary of 152 k.
+
+Sizes: N rows, H hidden, V vocabulary, C rows of a chunk.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_accel.kernels.device import launch, tl, triton, use_triton
+
+CHUNK_BYTES = 1 << 30
+"""Of a chunk's logits: 3,533 rows of 151,936 in bf16. GEMMs of fewer rows are slower, of more rows hardly faster."""
+COLUMNS = 8192  # of a tile
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T`, summed over rows and divided.
+
+    Args:
+        hidden: [N,H].
+        weight: [V,H], the dtype of hidden.
+        labels: [N] int64; rows with `ignore_index` do not count.
+        divisor: number to divide by; None: the number of rows that count, as `reduction="mean"`.
+        ignore_index: label of a row that does not count.
+
+    Returns:
+        fp32 scalar (the dtype of hidden where that is wider), differentiable once in hidden and weight.
+    """
+    if divisor is None:
+        divisor = (labels != ignore_index).sum()
+    return _LinearCrossEntropy.apply(hidden, weight, labels, divisor, ignore_index)  # pyright: ignore[reportReturnType]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor, ignore_index: int) -> Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight) if needs_weight and hidden.shape[0] == 0 else None
+        scale = divisor.to(hidden.device, exact).reciprocal().reshape(1)
+        loss = torch.zeros((), dtype=exact, device=hidden.device)
+        num_rows = max(1, min(hidden.shape[0], CHUNK_BYTES // (weight.shape[0] * hidden.element_size())))
+        for start in range(0, hidden.shape[0], num_rows):
+            rows, of = hidden[start : start + num_rows], labels[start : start + num_rows]
+            logits = rows @ weight.t()
+            loss += softmax_gradient_(logits, of, scale, ignore_index).sum()
+            if hidden_grad is not None:
+                torch.mm(logits, weight, out=hidden_grad[start : start + num_rows])
+            if needs_weight and weight_grad is None:
+                weight_grad = logits.t() @ rows
+            elif weight_grad is not None:
+                weight_grad.addmm_(logits.t(), rows)
+            del logits
+        ctx.save_for_backward(*(each for each in (hidden_grad, weight_grad) if each is not None))
+        ctx.needs = needs_hidden, needs_weight
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        found = [next(saved) * gradients[0].to(torch.float32) if needed else None for needed in ctx.needs]
+        return *found, None, None, None
+
+
+def softmax_gradient_(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
+    """Replace logits by the gradient of their loss; rows that do not count become zeros.
+
+    Args:
+        logits: [C,V], contiguous; overwritten with `scale * (softmax(logits) - one_hot(labels))`.
+        labels: [C] int64.
+        scale: [1].
+        ignore_index: label of a row that does not count.
+
+    Returns:
+        [C], loss of each row times scale, fp32 or wider.
+    """
+    if not use_triton(logits):
+        return softmax_gradient_torch_(logits, labels, scale, ignore_index)
+    num_rows, width = logits.shape
+    loss = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    launch(
+        _softmax_gradient_kernel,
+        (num_rows,),
+        logits,
+        labels.contiguous(),
+        scale,
+        loss,
+        ignore_index=ignore_index,
+        width=width,
+        COLUMNS=COLUMNS,
+        num_warps=16,
+    )
+    return loss
+
+
+def softmax_gradient_torch_(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
+    """The definition of `softmax_gradient_`."""
+    counts = labels != ignore_index
+    targets = labels.where(counts, 0)[:, None]
+    log_softmax = logits.to(scale.dtype).log_softmax(1)
+    loss = -log_softmax.gather(1, targets)[:, 0] * scale * counts
+    gradient = log_softmax.exp_()
+    gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1))
+    logits.copy_(gradient * (scale * counts[:, None]))
+    return loss
+
+
+@triton.jit
+def _softmax_gradient_kernel(
+    logits, labels, scale, loss, ignore_index: tl.constexpr, width: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    counts = label != ignore_index
+    logits += row * width
+    column = tl.arange(0, COLUMNS)
+    if counts:
+        highest = tl.full((COLUMNS,), -1e38, tl.float32)  # finite: what is minus infinity may be subtracted from it
+        total = tl.zeros((COLUMNS,), tl.float32)
+        for first in range(0, width, COLUMNS):  # every lane its own running maximum: one reduction at the end
+            x = tl.load(logits + first + column, mask=first + column < width, other=-float("inf")).to(tl.float32)
+            higher = tl.maximum(highest, x)
+            total = total * tl.exp(highest - higher) + tl.exp(x - higher)
+            highest = higher
+        top = tl.max(highest, 0)
+        of_all = tl.sum(total * tl.exp(highest - top), 0)
+        factor = tl.load(scale)
+        tl.store(loss + row, (top + tl.log(of_all) - tl.load(logits + label).to(tl.float32)) * factor)
+        shared = factor / of_all
+        for first in range(0, width, COLUMNS):
+            at = first + column
+            x = tl.load(logits + at, mask=at < width, other=-float("inf")).to(tl.float32)
+            value = tl.exp(x - top) * shared - tl.where(at == label, factor, 0.0)
+            tl.store(logits + at, value.to(logits.dtype.element_ty), mask=at < width)
+    else:
+        tl.store(loss + row, 0.0)
+        for first in range(0, width, COLUMNS):
+            tl.store(
+                logits + first + column, tl.zeros((COLUMNS,), logits.dtype.element_ty), mask=first + column < width
+            )

@@ -1,0 +1,47 @@
+"""Where Triton kernels run: on a GPU that has Triton; each has a plain torch form for everywhere else.
+
+`TRITON_INTERPRET=1` runs them on CPU tensors, element by element: how the tests see their arithmetic without a GPU.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _Absent:
+        """Stands for a package that is not there; lets the kernels' decorators and annotations be read."""
+
+        constexpr = int
+
+        def jit(self, function: Any) -> Any:
+            """The function itself."""
+            return function
+
+    triton: Any = _Absent()
+    tl: Any = triton
+
+HAS_TRITON = hasattr(triton, "compile")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Read once: Triton reads it when a kernel is defined."""
+
+
+def use_triton(values: Tensor) -> bool:
+    """Whether kernels run on these values: 16- or 32-bit floats, some of them, on a GPU (or anywhere, interpreted)."""
+    fits = values.dtype in (torch.bfloat16, torch.float16, torch.float32) and values.numel() > 0
+    return HAS_TRITON and fits and (values.is_cuda or INTERPRETED)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Run a kernel on the device of its first tensor, whichever is the current one."""
+    first = next(each for each in args if isinstance(each, Tensor))
+    if first.is_cuda:
+        with torch.cuda.device(first.device):
+            kernel[grid](*args, **constants)
+    else:
+        kernel[grid](*args, **constants)

@@ -1,0 +1,93 @@
+"""Every Triton kernel equals its plain torch form, in fp32, on Triton's interpreter: run by `test_kernels.py`.
+
+The interpreter computes bf16 wrongly, and must be chosen before triton is imported: TRITON_INTERPRET=1.
+"""
+
+import pytest
+import torch
+
+from moe_accel.kernels import cross_entropy, rms_norm, rope, rows, swiglu
+from moe_accel.kernels.device import INTERPRETED
+
+assert INTERPRETED, "set TRITON_INTERPRET=1"
+EPSILON = torch.finfo(torch.float32).eps
+
+
+def values(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("width", [1, 24, 1024, 1030])
+@pytest.mark.parametrize("counts", [[1, 1], [0, 3, 0], [8, 8], [9, 0, 17], [0]], ids=str)
+def test_sum_of_copies(counts, width):
+    total = sum(counts)
+    copies = torch.randperm(total, generator=torch.Generator().manual_seed(1))
+    starts = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
+    x = values(max(total, 1), width)[:total]
+    if total == 0:
+        assert not rows.sum_copies(x, copies, starts).any()
+        return
+    found = rows.sum_triton(x, copies, starts)
+    # sums of up to 17 values near 1, in another order: 17 roundings
+    torch.testing.assert_close(found, rows.sum_torch(x, copies, starts), rtol=0, atol=17 * 4 * EPSILON)
+
+
+@pytest.mark.parametrize("inner", [1, 40, 1024, 1032])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
+def test_swiglu_and_its_backward(inner, weight_dtype):
+    u, gradient, weight = values(5, 2 * inner), values(5, inner), values(5).to(weight_dtype)
+    torch.testing.assert_close(swiglu.swiglu(u, weight), swiglu.swiglu_torch(u, weight), rtol=8 * EPSILON, atol=EPSILON)
+    found = swiglu.swiglu_backward(gradient, u, weight)
+    expected = swiglu.swiglu_backward_torch(gradient, u, weight)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        # sums over `inner` products near 1: as many roundings at worst, their square root in fact
+        rounding = torch.finfo(one.dtype).eps
+        torch.testing.assert_close(one, other, rtol=8 * rounding, atol=8 * rounding * inner**0.5)
+
+
+@pytest.mark.parametrize("width", [3, 8192, 8200])
+def test_softmax_gradient(width):
+    logits, scale = 4 * values(5, width), torch.tensor([0.25])
+    logits[3, : width // 2] = -float("inf")
+    labels = torch.tensor([0, width - 1, -100, width - 2, width // 2])
+    expected = logits.clone()
+    of_rows = cross_entropy.softmax_gradient_torch_(expected, labels, scale, -100)
+    found = cross_entropy.softmax_gradient_(logits, labels, scale, -100)
+    # exp of values up to 30: their own rounding counts 30 times; sums of `width` of them in fp32
+    torch.testing.assert_close(found, of_rows, rtol=64 * EPSILON, atol=64 * EPSILON)
+    torch.testing.assert_close(logits, expected, rtol=128 * EPSILON, atol=EPSILON)
+    assert not logits[2].any()
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 1), (5, 24), (70, 128), (3, 1032)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm_and_its_backward(num_rows, width, offset, monkeypatch):
+    monkeypatch.setattr(rms_norm, "NUM_PROGRAMS", 2)  # so that a program has several tiles
+    x, gradient, weight = values(num_rows, width), values(num_rows, width + 1)[:, :width], values(width)
+    y, inverse = rms_norm.normalise(x, weight, 1e-6, offset)
+    expected, expected_inverse = rms_norm.normalise_torch(x, weight, 1e-6, offset)
+    torch.testing.assert_close(inverse, expected_inverse, rtol=8 * EPSILON, atol=0)
+    torch.testing.assert_close(y, expected, rtol=16 * EPSILON, atol=EPSILON)
+    found = rms_norm.normalise_backward(gradient, x, weight, inverse, offset)
+    expected = rms_norm.normalise_backward_torch(gradient, x, weight, expected_inverse, offset)
+    for one, other in zip(found, expected, strict=True):
+        scale = float(other.abs().max())
+        # differences of sums of `width` products, and sums over rows, in another order
+        torch.testing.assert_close(one, other, rtol=0, atol=64 * EPSILON * max(1.0, scale))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("batches_of_angles", [1, 2])
+def test_rotation_and_its_backward(strided, batches_of_angles):
+    x = values(2, 5, 3, 24).transpose(1, 2) if strided else values(2, 3, 5, 24)  # [2,3,5,24]
+    cos, sin = values(batches_of_angles, 5, 24), values(batches_of_angles, 5, 24).flip(1)
+    expected_input = x.clone().requires_grad_()
+    expected = rope.rotate_torch(expected_input, cos, sin)
+    found = rope.rotate_triton(x, cos, sin, backward=False)
+    assert found.stride() == x.stride()
+    torch.testing.assert_close(found, expected, rtol=4 * EPSILON, atol=4 * EPSILON)
+    gradient = values(2, 3, 5, 24).flip(0)
+    expected.backward(gradient)
+    found = rope.rotate_triton(gradient, cos, sin, backward=True)
+    torch.testing.assert_close(found, expected_input.grad, rtol=4 * EPSILON, atol=4 * EPSILON)

@@ -1,0 +1,130 @@
+"""Triton kernels without a GPU: equal to plain torch on the interpreter, and compiled for sm_90 without a spill."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_accel.kernels import cross_entropy, device, rms_norm, rope, rows, swiglu
+
+SHARED_BYTES = 227 * 1024  # of a block on sm_90
+
+needs_triton = pytest.mark.skipif(not device.HAS_TRITON, reason="needs triton")
+
+
+@needs_triton
+def test_kernels_equal_their_plain_forms_on_the_interpreter():
+    file = Path(__file__).with_name("interpreted_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(file)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    num_passed = re.search(r"(\d+) passed", done.stdout)
+    assert num_passed is not None
+    assert int(num_passed[1]) >= 25
+
+
+def test_the_definition_of_swiglu_has_the_gradient_of_finite_differences():
+    u, weight = _values(3, 8).requires_grad_(), _values(3).requires_grad_()
+    gradient = _values(3, 4)
+    expected = torch.autograd.grad(swiglu.swiglu_torch(u, weight), (u, weight), gradient)
+    found = swiglu.swiglu_backward_torch(gradient, u.detach(), weight.detach())[:2]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def _values(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+COMPILED = {
+    "sum": (rows._sum_kernel, ["*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32"], {"COPIES": 8, "COLUMNS": 1024}),
+    "softmax gradient": (
+        cross_entropy._softmax_gradient_kernel,
+        ["*bf16", "*i64", "*fp32", "*fp32"],
+        {"ignore_index": -100, "width": 151_936, "COLUMNS": 8192},
+    ),
+    "rms norm": (
+        rms_norm._forward_kernel,
+        ["*bf16", "*bf16", "*bf16", "*fp32", "i32"],
+        {"eps": 1e-6, "offset": 0.0, "width": 2048, "ROWS": 2, "COLUMNS": 2048},
+    ),
+    "rms norm backward": (
+        rms_norm._backward_kernel,
+        ["*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "i32", "i32"],
+        {"offset": 0.0, "width": 128, "ROWS": 32, "COLUMNS": 128},
+    ),
+    "rotation": (
+        rope._rotate_kernel,
+        ["*bf16"] * 4 + ["i64"] * 9,
+        {"BACKWARD": True, "num_heads": 32, "half": 64, "HEADS": 32, "HALF": 64},
+    ),
+    "swiglu": (swiglu._forward_kernel, ["*bf16", "*fp32", "*bf16"], {"inner": 768, "COLUMNS": 1024}),
+    "swiglu backward": (
+        swiglu._backward_kernel,
+        ["*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "*bf16"],
+        {"inner": 768, "COLUMNS": 1024},
+    ),
+}
+
+
+OPTIONS = {cross_entropy._softmax_gradient_kernel: {"num_warps": 16}}
+
+
+@needs_triton
+@pytest.mark.parametrize(("kernel", "types", "constants"), COMPILED.values(), ids=COMPILED)
+def test_compiles_for_sm_90_without_spills(kernel, types, constants, tmp_path):
+    signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS.get(kernel, {}))
+    assert compiled.metadata.shared <= SHARED_BYTES
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    origin = importlib.util.find_spec("triton").origin
+    tool = Path(origin).parent / "backends/nvidia/bin/cuobjdump"
+    printed = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    stack = re.findall(r"STACK:(\d+)", printed)
+    assert stack, printed
+    assert set(stack) == {"0"}, printed
+
+
+CHUNKS = {"one-chunk": 1 << 30, "chunks-of-two-rows": 2 * 11 * 8, "chunks-of-one-row": 1}
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("divisor", [None, 7.0])
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "hidden"])
+def test_linear_cross_entropy_is_that_of_all_logits(chunk_bytes, divisor, frozen, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk_bytes)
+    hidden, weight = _values(5, 4).requires_grad_(frozen != "hidden"), _values(11, 4).requires_grad_(frozen != "weight")
+    labels = torch.tensor([3, -100, 0, 10, 3])
+    wanted = [each for each in (hidden, weight) if each.requires_grad]
+    total = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum") / (divisor or 4)
+    given = None if divisor is None else torch.tensor(divisor)
+    found = cross_entropy.linear_cross_entropy(hidden, weight, labels, given)
+    torch.testing.assert_close(found, total)
+    for one, other in zip(torch.autograd.grad(3 * found, wanted), torch.autograd.grad(3 * total, wanted), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_rms_norm_has_the_gradient_of_finite_differences():
+    x, weight = _values(3, 6).requires_grad_(), _values(6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm.rms_norm(x, w, 1e-6, 1.0), (x, weight))
+
+
+def test_no_rows_still_give_every_parameter_a_gradient():
+    hidden, weight = _values(0, 4).requires_grad_(), _values(11, 4).requires_grad_()
+    found = cross_entropy.linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64), torch.tensor(3.0))
+    of_hidden, of_weight = torch.autograd.grad(found, (hidden, weight))
+    assert found == 0
+    assert of_hidden.shape == (0, 4)
+    assert torch.equal(of_weight, torch.zeros(11, 4, dtype=torch.float64))

@@ -1,0 +1,122 @@
+"""Deferred logits: the same loss, gradients and, where somebody asks for them, logits as transformers' own."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from moe_accel import loss
+from tests.families import build_tiny
+
+TOKENS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+LABELS = TOKENS.clone()
+LABELS[0, 3:5] = -100
+
+
+VOCABULARY = 96
+
+
+def pair(family="qwen3_moe"):
+    """The same tiny model twice, the second with deferred logits."""
+    model = build_tiny(family, torch.float64, num_hidden_layers=1).train()
+    assert model.config.vocab_size == VOCABULARY
+    model.set_experts_implementation("eager")
+    deferred = copy.deepcopy(model)
+    return model, deferred, loss.install(deferred)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+CALLS = {
+    "mean": {},
+    "num-items-tensor": {"num_items_in_batch": torch.tensor(11)},
+    "num-items-int": {"num_items_in_batch": 11},
+    "aux-loss": {"output_router_logits": True},
+}
+
+
+@pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
+def test_same_loss_and_gradients_as_transformers(arguments):
+    model, deferred, choice = pair()
+    assert choice.value == "fused"
+    expected, found = (each(input_ids=TOKENS, labels=LABELS, **arguments) for each in (model, deferred))
+    assert isinstance(found.logits, loss.DeferredLogits)
+    # native rounds the logits of an fp64 model to fp32
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=1e-6, check_dtype=False)
+    expected.loss.backward()
+    found.loss.backward()
+    ours, theirs = gradients(deferred), gradients(model)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(
+            ours[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda said, name=name: f"{name}: {said}"
+        )
+
+
+def test_whoever_wants_the_logits_gets_them():
+    model, deferred, _ = pair()
+    expected = model(input_ids=TOKENS, labels=LABELS).logits
+    logits = deferred(input_ids=TOKENS, labels=LABELS).logits
+    assert (logits.shape, logits.dtype, logits.device) == (expected.shape, expected.dtype, expected.device)
+    assert torch.equal(logits[:, :-1].argmax(-1), expected[:, :-1].argmax(-1))
+    assert torch.equal(torch.softmax(logits, -1), torch.softmax(expected, -1))
+    assert torch.equal(logits / 2, expected / 2)
+    assert torch.equal(torch.cat([logits, logits]), torch.cat([expected, expected]))
+    smoothed = functional.cross_entropy(logits.view(-1, VOCABULARY), LABELS.view(-1), label_smoothing=0.1)
+    assert torch.equal(
+        smoothed, functional.cross_entropy(expected.view(-1, VOCABULARY), LABELS.view(-1), label_smoothing=0.1)
+    )
+
+
+@pytest.mark.parametrize("case", ["eval", "no-grad", "no-labels"])
+def test_logits_are_tensors_where_no_loss_is_trained(case):
+    _, deferred, _ = pair()
+    deferred.train(case != "eval")
+    with torch.set_grad_enabled(case != "no-grad"):
+        output = deferred(input_ids=TOKENS, **({} if case == "no-labels" else {"labels": LABELS}))
+    assert type(output.logits) is torch.Tensor
+
+
+def test_a_copy_computes_with_its_own_weights():
+    _, deferred, _ = pair()
+    other = copy.deepcopy(deferred)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    found = other(input_ids=TOKENS, labels=LABELS).loss
+    assert math.isclose(found.item(), math.log(VOCABULARY), rel_tol=1e-6)
+    assert abs(deferred(input_ids=TOKENS, labels=LABELS).loss.item() - found.item()) > 1e-6
+
+
+def test_an_error_in_a_forward_leaves_the_next_one_untouched():
+    _, deferred, _ = pair()
+    with pytest.raises(IndexError):
+        deferred(input_ids=TOKENS + 10**6, labels=LABELS)
+    assert type(deferred.lm_head(torch.zeros(1, deferred.config.hidden_size, dtype=torch.float64))) is torch.Tensor
+
+
+def test_says_why_not():
+    model = build_tiny("qwen3_moe", torch.float32, num_hidden_layers=1)
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, 64, bias=True)
+    assert "has a bias" in loss.install(model).reason
+
+
+def test_a_cast_of_what_the_layer_puts_out_is_a_cast_of_the_logits():
+    _, deferred, _ = pair()
+    output = deferred(input_ids=TOKENS, labels=LABELS)
+    expected = output.logits.tensor()
+    cast = tree_map(lambda value: value.float() if isinstance(value, torch.Tensor) else value, output)
+    assert (cast.logits.dtype, cast.logits.hidden.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(cast.logits.tensor(), expected.float())  # the weights were cast too
+
+
+def test_logits_whose_weight_is_gone_are_an_error():
+    _, deferred, _ = pair()
+    logits = deferred(input_ids=TOKENS, labels=LABELS).logits
+    logits.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="FSDP has taken the output layer's weight apart"):
+        logits.argmax(-1)
