@@ -8,6 +8,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,15 @@ class Copier:
                     self._gather(op, fd)
         finally:
             os.close(fd)
+
+    def expect(self, operations: list[Operation]) -> None:
+        """Tell the kernel what `execute` will read next: source ranges lie anywhere, where reading ahead finds none."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for op in operations:
+            if isinstance(op, Run):
+                with suppress(OSError):
+                    os.posix_fadvise(self.files.fd(op.file), op.source_at, op.num_bytes, os.POSIX_FADV_WILLNEED)
 
     def _run(self, run: Run, fd: int) -> None:
         done = 0

@@ -318,13 +318,15 @@ def _copy_shard(
         done = sum(each.file_bytes for each in job.shards if (job.target / each.name).exists())
         return sum(each.file_bytes for each in job.shards) - done
 
-    def execute_batch(batch: list[Operation]) -> int:
+    def execute_batch(batch: list[Operation], following: list[Operation]) -> int:
+        copier.expect(following)
         with writing(temporary, needed_bytes):
             copier.execute(batch, temporary)
         return sum(op.num_bytes for op in batch)
 
     mover, pool = pools
-    tasks = (partial(execute_batch, each) for each in batches(job.operations[shard.name], BATCH_BYTES))
+    lists = batches(job.operations[shard.name], BATCH_BYTES)
+    tasks = (partial(execute_batch, *both) for both in zip(lists, [*lists[1:], []], strict=True))
     only_runs = all(isinstance(op, Run) for op in job.operations[shard.name])
     copied = in_order(mover if only_runs else pool, copier.files, tasks, ahead=1 if only_runs else job.options.threads)
     due, end, checks = Due(shard), len(shard.header), []
