@@ -55,7 +55,12 @@ def gated_experts(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, routing:
     Returns:
         [R,H] in the dtype of x, differentiable once in x, up, down and weights.
     """
-    return _Gated.apply(x, up, down, weights, routing.pairs, routing.ends, *routing.rows)  # pyright: ignore[reportReturnType]
+    kind, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(kind):  # cast here, where autograd sees it: backward runs without autocast
+        x, up, down = (each.to(torch.get_autocast_dtype(kind)) for each in (x, up, down))
+    with torch.autocast(kind, enabled=False):
+        y: Any = _Gated.apply(x, up, down, weights, routing.pairs, routing.ends, *routing.rows)
+    return y.to(dtype)
 
 
 class _Gated(torch.autograd.Function):
