@@ -127,6 +127,9 @@ def _softmax_gradient_kernel(
     logits += row * width
     column = tl.arange(0, COLUMNS)
     if counts:
+        known = (label >= 0) & (label < width)  # an impossible label makes the loss NaN
+        # before anything is overwritten
+        picked = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
         highest = tl.full((COLUMNS,), -1e38, tl.float32)  # finite: what is minus infinity may be subtracted from it
         total = tl.zeros((COLUMNS,), tl.float32)
         for first in range(0, width, COLUMNS):  # every lane its own running maximum: one reduction at the end
@@ -137,7 +140,7 @@ def _softmax_gradient_kernel(
         top = tl.max(highest, 0)
         of_all = tl.sum(total * tl.exp(highest - top), 0)
         factor = tl.load(scale)
-        tl.store(loss + row, (top + tl.log(of_all) - tl.load(logits + label).to(tl.float32)) * factor)
+        tl.store(loss + row, (top + tl.log(of_all) - picked) * factor)
         shared = factor / of_all
         for first in range(0, width, COLUMNS):
             at = first + column

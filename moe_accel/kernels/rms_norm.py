@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         y, inverse = (normalise if use_triton(rows) else normalise_torch)(rows, weight, eps, offset)
         ctx.save_for_backward(rows, weight, inverse)
         ctx.shape, ctx.offset = x.shape, offset
