@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils._pytree import register_pytree_node
 
 from moe_accel.kernels.cross_entropy import linear_cross_entropy
+from moe_accel.kernels.device import as_autocast, autocast_dtype
 from moe_accel.report import Choice
 
 
@@ -27,7 +28,7 @@ def install(model: nn.Module) -> Choice:
     if head.bias is not None:
         return Choice("native", "the output layer has a bias")
     if "forward" not in vars(head):
-        _head(model)._moe_accel_defer = False
+        head._moe_accel_defer = False  # pyright: ignore[reportArgumentType]
         head.forward = types.MethodType(_forward, head)
         model.register_forward_pre_hook(_before, with_kwargs=True)
         model.register_forward_hook(_after, always_call=True)
@@ -116,9 +117,7 @@ class DeferredLogits:
     @property
     def dtype(self) -> torch.dtype:
         """Of the logits."""
-        kind = self.hidden.device.type
-        computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.hidden.dtype
-        return self.cast or computed
+        return self.cast or autocast_dtype(self.device) or self.hidden.dtype
 
     @property
     def device(self) -> torch.device:
@@ -190,9 +189,7 @@ def _cross_entropy(input: Any, target: Any, weight: Any = None, **options: Any) 
         return None
     if any(options.values()):  # label_smoothing
         return None
-    kind, hidden, matrix = input.device.type, input.hidden, input.weight
-    if torch.is_autocast_enabled(kind):
-        hidden, matrix = (each.to(torch.get_autocast_dtype(kind)) for each in (hidden, matrix))
+    hidden, matrix = as_autocast(input.hidden, input.weight)
     divisor = torch.ones((), device=hidden.device) if reduction == "sum" else None
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         return linear_cross_entropy(hidden, matrix, target.to(hidden.device), divisor, ignore_index)

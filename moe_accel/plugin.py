@@ -145,8 +145,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         num_local_experts=" or ".join(str(size // config.ep_size) for size in sizes),
         dispatcher=dispatcher,
         kernels=kernels,
-        block=choose_block(kernels, _unwrapped(model), accelerator.device),
-        loss=choose_loss(kernels, _unwrapped(model)),
+        **choose_rest(kernels, _unwrapped(model), accelerator.device),
         num_expert_parameters=sum(count for count, _ in counts),
         num_trainable=sum(count for count, trainable in counts if trainable),
         notes=(
@@ -184,18 +183,11 @@ def choose_kernels(asked: str, device: torch.device) -> Choice:
     return Choice("fused", f"{'asked for' if asked == 'fused' else asked}: {how}")
 
 
-def choose_block(kernels: Choice, model: nn.Module, device: torch.device) -> Choice:
-    """How norms and rotary embeddings are computed, with the reason."""
+def choose_rest(kernels: Choice, model: nn.Module, device: torch.device) -> dict[str, Choice]:
+    """How the rest of a block and the loss of `labels=` are computed, with the reasons, as fields of the report."""
     if kernels.value == "reference":
-        return Choice("native", "as transformers does it, with kernels: reference")
-    return block.install(model, device)
-
-
-def choose_loss(kernels: Choice, model: nn.Module) -> Choice:
-    """How the loss of `labels=` is computed, with the reason."""
-    if kernels.value == "reference":
-        return Choice("native", "as transformers does it, with kernels: reference")
-    return loss.install(model)
+        return dict.fromkeys(("block", "loss"), Choice("native", "as transformers does it, with kernels: reference"))
+    return {"block": block.install(model, device), "loss": loss.install(model)}
 
 
 def choose_dispatcher(asked: str, ep_size: int) -> Choice:

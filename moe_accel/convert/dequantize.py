@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,11 +23,10 @@ from typing import Any
 from moe_accel.convert.copy import Files, Stopped, read_into, write_all
 from moe_accel.convert.decode import decoded
 from moe_accel.convert.digest import digest, new_digest
-from moe_accel.convert.headers import Header, make_header, read_header
+from moe_accel.convert.headers import Header, make_header, num_bytes, read_header
 from moe_accel.convert.lower import place
-from moe_accel.convert.manifest import whole
 from moe_accel.convert.quantized import Quantized, find_quantized, without_quantization
-from moe_accel.convert.regions import Tensor
+from moe_accel.convert.regions import Tensor, whole
 from moe_accel.convert.source import Checkpoint
 from moe_accel.convert.target import Target, writing
 from moe_accel.convert.verify import MismatchError
@@ -126,7 +125,7 @@ class Dequantization:
             )
 
     def _read(self, files: Files, tensor: Tensor, at: int, num_bytes: int) -> bytearray:
-        header = self.source.headers[self.source.file_of[tensor.name]]
+        header = self.source.header_of(tensor.name)
         found = bytearray(num_bytes)
         read_into(header.file, files.fd(header.file), memoryview(found), header.starts[tensor.name] + at)
         return found
@@ -180,8 +179,7 @@ def plan_dequantization(source: Checkpoint, target: Path, dtype: str) -> Dequant
     for one in found:
         files.setdefault(source.file_of[one.weight.name], []).append(one)
     state = hashlib.sha256(VERSION.encode())
-    for name, header in sorted(source.headers.items()):
-        state.update(f"\0{name} {header.file_bytes} {header.mtime_ns}".encode() + header.raw)
+    source.identify(state)
     real = Path(os.path.realpath(target))
     folder = real.parent / f".{real.name}.dequantized-{state.hexdigest()[:16]}"
     headers = {name: _without(header, gone) for name, header in source.headers.items()}
@@ -189,7 +187,7 @@ def plan_dequantization(source: Checkpoint, target: Path, dtype: str) -> Dequant
     for name, of in files.items():
         tensors = {one.name: one.result for one in of}
         raw, starts = make_header(tensors, None)
-        size = len(raw) + sum(2 * _numel(each) for each in tensors.values())
+        size = len(raw) + sum(num_bytes(each.dtype, each.shape) for each in tensors.values())
         headers[_key(name)] = Header(folder / name, tensors, starts, None, raw, size, newest)
     file_of = {tensor: name for name, header in headers.items() for tensor in header.tensors}
     others = tuple(name for name in source.others if name not in LEFT_BEHIND)
@@ -202,17 +200,9 @@ def _key(name: str) -> str:
     return f"dequantized/{name}"
 
 
-def _numel(tensor: Tensor) -> int:
-    return whole(tensor).cols
-
-
 def _without(header: Header, gone: set[str]) -> Header:
-    keep: Callable[[str], bool] = lambda name: name not in gone  # noqa: E731
-    return replace(
-        header,
-        tensors={name: each for name, each in header.tensors.items() if keep(name)},
-        starts={name: at for name, at in header.starts.items() if keep(name)},
-    )
+    tensors = {name: each for name, each in header.tensors.items() if name not in gone}
+    return replace(header, tensors=tensors, starts={name: header.starts[name] for name in tensors})
 
 
 def _is_whole(header: Header) -> bool:

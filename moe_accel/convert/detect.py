@@ -315,7 +315,7 @@ def _uniform(group: Group) -> list[str]:
             if len({tensor[1:] for tensor in several}) > 1:  # dtype and shape
                 other = next(t for t in several if t[1:] != several[0][1:])
                 what = "dtypes" if other.dtype != several[0].dtype else "shapes"
-                said.append(f"{what} differ inside a group: {_of(several[0])} and {_of(other)}")
+                said.append(f"{what} differ inside a group: {several[0].described} and {other.described}")
     return said
 
 
@@ -330,23 +330,25 @@ def _fits(group: Group) -> list[str]:
         for at, tensor in firsts:
             size = sizes(group, slot, tensor)
             if size is None:
-                return [f"{group.moe}: {_of(tensor)} cannot be {read_as}: {_form(group, slot)}"]
+                return [f"{group.moe}: {tensor.described} cannot be {read_as}: {_form(group, slot)}"]
             mains.setdefault(at, {}).update({role: (size, tensor) for role in group.roles(slot)})
     for found in mains.values():
         tensors = [tensor for _, tensor in found.values()]
         if "gate" in found and "up" in found:
             (one, gate), (two, up) = found["gate"], found["up"]
             if gate.dtype != up.dtype:
-                return [f"dtypes differ inside a group: {_of(gate)} and {_of(up)}"]
+                return [f"dtypes differ inside a group: {gate.described} and {up.described}"]
             if one != two:
-                return [f"shapes differ inside a group: {_of(gate)} and {_of(up)}"]
+                return [f"shapes differ inside a group: {gate.described} and {up.described}"]
         if "up" in found and "down" in found and not any(tensor.dtype in PACKED for tensor in tensors):
             (one, up), (two, down) = found["up"], found["down"]
             if one != two[::-1]:
-                return [f"{group.moe}: {_of(up)} and {_of(down)} do not fit together as {read_as}"]
+                return [f"{group.moe}: {up.described} and {down.described} do not fit together as {read_as}"]
         counts = {tensor.shape[0] for tensor in tensors if tensor.shape} if not group.family.partial_down else set()
         if len(counts) > 1 and not group.layout.flat and not any(slot.per_expert for slot in group.layout.slots):
-            return [f"{group.moe}: {_of(tensors[0])} and {_of(tensors[-1])} hold different numbers of experts"]
+            return [
+                f"{group.moe}: {tensors[0].described} and {tensors[-1].described} hold different numbers of experts"
+            ]
     return []
 
 
@@ -386,7 +388,3 @@ def _form(group: Group, slot: Slot) -> str:
     return f"expected [{'' if slot.per_expert or group.layout.flat else 'experts, '}{dims}]" + (
         ", rows even" if len(slot.roles) == 2 else ""
     )
-
-
-def _of(tensor: Tensor) -> str:
-    return f"{tensor.name} {tensor.dtype} {list(tensor.shape)}"

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_accel.convert.digest import ALGORITHM
-from moe_accel.convert.regions import Part, Region, Tensor
+from moe_accel.convert.regions import Part, Region, Tensor, whole
 
 SCHEMA = 1
 PartKey = tuple[str, int, str]
@@ -24,12 +24,6 @@ PartKey = tuple[str, int, str]
 def part_key(part: Part) -> PartKey:
     """What a part is called in every layout."""
     return part.layer, part.expert, part.role
-
-
-def whole(tensor: Tensor) -> Region:
-    """All of a tensor as one contiguous row."""
-    numel = math.prod(tensor.shape)
-    return Region(tensor.name, 0, 1, numel, numel, 1)
 
 
 def other_tensors(tensors: Mapping[str, Tensor], parts: Iterable[Part]) -> list[Tensor]:

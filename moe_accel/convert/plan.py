@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from moe_accel.convert.detect import PACKED, STACKED, Group, chunks, detect
 from moe_accel.convert.layout import TARGETS, ExpertLayout, Families, Family, Slot
-from moe_accel.convert.regions import Copy, Layout, Output, Part, Plan, Region, Tensor
+from moe_accel.convert.regions import Copy, Layout, Output, Part, Plan, Region, Tensor, whole
 from moe_accel.errors import CheckpointError
 
 _BLOCKS = (128, 32, 16, 64, 256, 512)  # rows of a scale's block, the usual ones first
@@ -147,7 +147,7 @@ def parts(tensors: Mapping[str, Tensor], families: Families, model_type: str | N
         for move in group.family.moves:
             for name in dict.fromkeys(_moved_names(group, move)):
                 if name in tensors:
-                    yield Part(group.layer, -1, next(iter(move.values())), _flat(tensors[name]))
+                    yield Part(group.layer, -1, next(iter(move.values())), whole(tensors[name]))
                     break
 
 
@@ -385,14 +385,9 @@ def _exact(group, to, slot, roles, suffix, of, found, scale_rows) -> None:
 
 
 def _whole(tensor: Tensor, name: str) -> Output:
-    region = _flat(tensor)
+    region = whole(tensor)
     target = Region(name, 0, 1, region.cols, region.cols, 1)
     return Output(name, tensor.dtype, tensor.shape, (Copy(region, target),) if region.cols else ())
-
-
-def _flat(tensor: Tensor) -> Region:
-    size = math.prod(tensor.shape)
-    return Region(tensor.name, 0, 1, size, size, 1)
 
 
 def _unique(items: list[str]) -> list[str]:

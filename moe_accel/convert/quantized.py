@@ -119,8 +119,8 @@ def _mxfp4_blocks(blocks: Tensor, tensors: Mapping[str, Tensor]) -> Quantized | 
     shape = blocks.shape
     if scales is None or scales.dtype != "U8" or len(shape) != 4 or shape[3] != 16 or scales.shape != shape[:3]:
         raise CheckpointError(
-            f"{_of(blocks)} must be [experts, rows, groups, 16] with U8 scales [experts, rows, groups], "
-            f"has {_of(scales) if scales else 'none'}"
+            f"{blocks.described} must be [experts, rows, groups, 16] with U8 scales [experts, rows, groups], "
+            f"has {scales.described if scales else 'none'}"
         )
     experts, rows, groups, _ = shape
     size = (experts, rows, groups * 32)
@@ -136,16 +136,16 @@ def _with_scale(weight: Tensor, tensors: Mapping[str, Tensor], blocks: tuple[int
         return None
     if scale is None:
         if weight.dtype in FP8:
-            raise CheckpointError(f"{_of(weight)} has no scale beside it, as {names[0]} would be")
+            raise CheckpointError(f"{weight.described} has no scale beside it, as {names[0]} would be")
         return None
     if len(weight.shape) < 2:
-        raise CheckpointError(f"{_of(weight)} has a scale and is no matrix")
+        raise CheckpointError(f"{weight.described} has a scale and is no matrix")
     others = [tensors[name] for name in _companions(weight.name, _GONE_WITH_THEM) if name in tensors]
     second = next((each for each in others if each.name.endswith("scale_2")), None)
     gone = (scale.name, *(each.name for each in others))
     if weight.dtype in FP8:
         if second is not None or scale.dtype not in _FLOATS | {"F8_E8M0", "U8"}:
-            raise CheckpointError(f"{_of(weight)} with {_of(second or scale)}: no formula is known for it")
+            raise CheckpointError(f"{weight.described} with {(second or scale).described}: no formula is known for it")
         block = _fp8_block(weight, scale, blocks)
         return Quantized(weight.name, "fp8", weight, scale, None, gone, weight.shape, block)
     shape = weight.shape if weight.dtype == "F4" else (*weight.shape[:-1], weight.shape[-1] * 2)
@@ -160,8 +160,8 @@ def _with_scale(weight: Tensor, tensors: Mapping[str, Tensor], blocks: tuple[int
         or (second is not None) != (size == 16)
         or (second is not None and (second.dtype != "F32" or math.prod(second.shape) not in (1, lead)))
     ):
-        with_second = f" and {_of(second)}" if second else ""
-        raise CheckpointError(f"{_of(weight)} with {_of(scale)}{with_second}: no formula is known for it")
+        with_second = f" and {second.described}" if second else ""
+        raise CheckpointError(f"{weight.described} with {scale.described}{with_second}: no formula is known for it")
     kind = "nvfp4" if size == 16 else "mxfp4"
     return Quantized(weight.name, kind, weight, scale, second, gone, shape, (1, size))
 
@@ -188,7 +188,7 @@ def _fp8_block(weight: Tensor, scale: Tensor, blocks: tuple[int, int] | None) ->
         if rows == grid[0] and cols == 32 * grid[1] and scale.dtype in ("U8", "F8_E8M0"):
             return 1, 32
     said = f"blocks of {blocks[0]} x {blocks[1]}, as config.json says" if blocks else "blocks of a usual size"
-    raise CheckpointError(f"{_of(scale)} does not fit {_of(weight)} in {said}, nor by row or as one number")
+    raise CheckpointError(f"{scale.described} does not fit {weight.described} in {said}, nor by row or as one number")
 
 
 def _usual_blocks(rows: int, cols: int, grid: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -196,7 +196,3 @@ def _usual_blocks(rows: int, cols: int, grid: tuple[int, ...]) -> Iterator[tuple
     yield from ((size, size) for size in _BLOCKS)
     if grid[0] and grid[1] and rows % grid[0] == 0 and cols % grid[1] == 0:
         yield rows // grid[0], cols // grid[1]
-
-
-def _of(tensor: Tensor) -> str:
-    return f"{tensor.name} {tensor.dtype} {list(tensor.shape)}"

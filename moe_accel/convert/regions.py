@@ -14,6 +14,7 @@ What comes once a tensor or more is a NamedTuple: a checkpoint may hold a hundre
 three times as long to make.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,11 @@ class Tensor(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def described(self) -> str:
+        """For messages: name, dtype and shape."""
+        return f"{self.name} {self.dtype} {list(self.shape)}"
 
 
 class Region(NamedTuple):
@@ -87,3 +93,9 @@ class Plan:
     layouts: tuple[Layout, ...]
     passed_through: tuple[str, ...]
     notes: tuple[str, ...]
+
+
+def whole(tensor: Tensor) -> Region:
+    """All of a tensor as one contiguous row."""
+    numel = math.prod(tensor.shape)
+    return Region(tensor.name, 0, 1, numel, numel, 1)

@@ -152,7 +152,7 @@ def make_job(
 
 def locate(checkpoint: Checkpoint, tensor: str) -> tuple[Path, int]:
     """File and first byte of a tensor."""
-    header = checkpoint.headers[checkpoint.file_of[tensor]]
+    header = checkpoint.header_of(tensor)
     return header.file, header.starts[tensor]
 
 
@@ -165,8 +165,7 @@ def lower_shard(checkpoint: Checkpoint, shard: Shard) -> list[Operation]:
 def plan_id(checkpoint: Checkpoint, options: Options, shards: Iterable[Shard]) -> str:
     """Equal for two runs that would write the same bytes from files that nobody touched in between."""
     state = hashlib.sha256(f"{VERSION} {options.to} {options.max_shard_bytes}".encode())
-    for name, header in sorted(checkpoint.headers.items()):
-        state.update(f"\0{name} {header.file_bytes} {header.mtime_ns}".encode() + header.raw)
+    checkpoint.identify(state)
     if options.family is not None:
         state.update(options.family.read_bytes())
     for shard in shards:
@@ -241,7 +240,7 @@ def _write_shards(
                         _check_kept(pool, checker, job, shard)
                         continue
                     unfinished.add(shard.name)
-                    checks = _copy_shard((mover, pool), copier, checker, job, shard)
+                    checks = _copy_shard((mover, pool), copier, checker, job, target, shard)
                     finishing.append(finisher.submit(_finish, checks, checker, job, target, shard, unfinished))
                     _raise_first(finishing[:-1])
                 _raise_first(finishing, wait=True)
@@ -304,14 +303,18 @@ def _is_whole(file: Path, shard: Shard) -> bool:
 
 
 def _copy_shard(
-    pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor], copier: Copier, checker: Checker, job: Job, shard: Shard
+    pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor],
+    copier: Copier,
+    checker: Checker,
+    job: Job,
+    target: Target,
+    shard: Shard,
 ) -> list[Future[None]]:
     """Write one file under its temporary name; what is whole is checked meanwhile, by the tasks that are returned.
 
     `pools`: one thread for what the kernel copies, as it locks the file anyway; several for what passes through
     buffers, and for checks.
     """
-    target = Target(job.target, job.plan_id)
     temporary = target.create(shard.name, shard.header, shard.file_bytes)
 
     def needed_bytes() -> int:

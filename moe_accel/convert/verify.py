@@ -13,9 +13,9 @@ from moe_accel.convert.digest import digest
 from moe_accel.convert.headers import DTYPE_BITS, num_bytes
 from moe_accel.convert.layout import load_families
 from moe_accel.convert.lower import place
-from moe_accel.convert.manifest import other_tensors, part_key, whole
+from moe_accel.convert.manifest import other_tensors, part_key
 from moe_accel.convert.plan import parts
-from moe_accel.convert.regions import Copy, Part, Region, Tensor
+from moe_accel.convert.regions import Copy, Part, Region, Tensor, whole
 from moe_accel.convert.shards import Shard, natural
 from moe_accel.convert.source import Checkpoint, open_checkpoint
 from moe_accel.convert.work import Progress, default_threads, in_batches, run_all, silent, workers
@@ -84,7 +84,7 @@ class Checker:
         tensors = {each.name: Tensor(each.name, each.dtype, each.shape) for each in shard.outputs}
         for copy in copies:
             target = self._digest(copy.target, tensors[copy.target.tensor], file, shard.starts[copy.target.tensor])
-            source = self._digest_source(copy.source)
+            source = self.digest_source(copy.source)
             if source != target:
                 raise MismatchError(
                     f"{file}: tensor {copy.target.tensor!r} is not what was read from {copy.source.tensor!r}: "
@@ -94,8 +94,9 @@ class Checker:
             with self._lock:
                 self.sources[copy.source], self.targets[copy.target] = source, target
 
-    def _digest_source(self, region: Region) -> str:
-        header = self.checkpoint.headers[self.checkpoint.file_of[region.tensor]]
+    def digest_source(self, region: Region) -> str:
+        """The digest of a part of the checkpoint."""
+        header = self.checkpoint.header_of(region.tensor)
         return self._digest(region, header.tensors[region.tensor], header.file, header.starts[region.tensor])
 
     def _digest(self, region: Region, tensor: Tensor, file: Path, start: int) -> str:
@@ -213,15 +214,11 @@ def _compare_bits(
     a: _Side, b: _Side, keys: list[tuple[str, ...]], threads: int, progress: Progress
 ) -> dict[tuple[str, ...], str]:
     files = Files()
+    checkers = [Checker(files, side.checkpoint, partial(progress, "check")) for side in (a, b)]
 
     def differing(some: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        return [key for key in some if len({one(side, key) for side in (a, b)}) > 1]
-
-    def one(side: _Side, key: tuple[str, ...]) -> str:
-        region = side.items[key]
-        header = side.checkpoint.headers[side.checkpoint.file_of[region.tensor]]
-        where = place(region, header.tensors[region.tensor], header.file, header.starts[region.tensor])
-        return digest(files, where, partial(progress, "check"))
+        sides = list(zip(checkers, (a, b), strict=True))
+        return [key for key in some if len({checker.digest_source(side.items[key]) for checker, side in sides}) > 1]
 
     with workers(threads, files) as pool:
         lists = in_batches(keys, lambda key: a.items[key].rows * a.items[key].cols * 2)

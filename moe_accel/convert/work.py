@@ -1,6 +1,7 @@
 """Threads that stop together: at the first failure, or when the user presses Ctrl-C."""
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,18 +47,7 @@ def workers(threads: int, files: Files) -> Iterator[ThreadPoolExecutor]:
 
 def run_all(pool: ThreadPoolExecutor, files: Files, tasks: Iterable[Callable[[], Any]]) -> list[Any]:
     """The results of `tasks`, in order. The first failure stops the others and is raised."""
-    futures = [pool.submit(task) for task in tasks]
-    failures: list[BaseException] = []
-    results = []
-    for future in futures:
-        try:
-            results.append(future.result())
-        except Exception as error:
-            files.stop.set()
-            failures.append(error)
-    if failures:
-        raise next((error for error in failures if not isinstance(error, Stopped)), failures[0])
-    return results
+    return list(in_order(pool, files, tasks, ahead=sys.maxsize))
 
 
 def in_order(pool: ThreadPoolExecutor, files: Files, tasks: Iterable[Callable[[], Any]], ahead: int) -> Iterator[Any]:

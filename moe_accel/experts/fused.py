@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_accel.experts.gated import gated_experts, why_not_gated
-from moe_accel.experts.routing import LocalRouting
+from moe_accel.experts.routing import LocalRouting, pick
 from moe_accel.experts.weights import activate, down_weight, has_post_norm, post_norm, up_weight
 from moe_accel.kernels.grouped import grouped_mm
 from moe_accel.kernels.rows import gather_rows, sum_rows
@@ -26,9 +26,9 @@ def fused_experts(module: Any, x: Tensor, routing: LocalRouting, weights: Tensor
     `norm_scale`: see `weights.post_norm`.
     """
     (up, up_bias), (down, down_bias) = up_weight(module), down_weight(module)
+    weight_p = pick(weights, routing)
     if why_not_gated(module) is None:
-        return gated_experts(x, up, down, weights, routing)
-    weight_p = _Pick.apply(weights, routing.pairs)  # [P]
+        return gated_experts(x, up, down, weight_p, routing)
     h_ph = gather_rows(x, routing.rows)
     u_pu = _add_bias(grouped_mm(h_ph, up, routing.ends), up_bias, routing)
     a_pi = activate(module, u_pu)
@@ -46,22 +46,6 @@ def _add_bias(rows: Tensor, bias: Tensor | None, routing: LocalRouting, weight_p
         return rows
     added = _ExpertRows.apply(bias, routing.experts)
     return rows + (added if weight_p is None else _Weigh.apply(added, weight_p))
-
-
-class _Pick(torch.autograd.Function):
-    """weights [R,K] -> [P] of the sorted pairs. Each pair is picked once, so backward writes and never adds."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, pairs: Tensor) -> Tensor:
-        ctx.save_for_backward(pairs)
-        ctx.shape = weights.shape
-        return weights.reshape(-1).index_select(0, pairs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (pairs,), (gradient,) = ctx.saved_tensors, gradients
-        return gradient.new_zeros(ctx.shape.numel()).scatter_(0, pairs, gradient).view(ctx.shape), None
 
 
 class _Weigh(torch.autograd.Function):

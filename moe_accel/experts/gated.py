@@ -17,6 +17,7 @@ from transformers.integrations import moe
 
 from moe_accel.experts.routing import LocalRouting
 from moe_accel.experts.weights import has_post_norm
+from moe_accel.kernels.device import as_autocast
 from moe_accel.kernels.grouped import grouped_mm, grouped_outer
 from moe_accel.kernels.rows import gather, sum_copies
 from moe_accel.kernels.swiglu import swiglu, swiglu_backward
@@ -30,54 +31,45 @@ def why_not_gated(module: Any) -> str | None:
         return "biases"
     if has_post_norm(module):
         return "a norm after each expert"
-    if not _is_plain_gate(module):
+    if type(module)._apply_gate is not moe._default_apply_gate:  # act(gate) * up, halves of one projection
         return "a gate of its own"
     if not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
         return f"activation {type(module.act_fn).__name__}"
     return None
 
 
-def _is_plain_gate(module: Any) -> bool:
-    """Whether `_apply_gate` is transformers' default, halves of one projection: act(gate) * up."""
-    return type(module)._apply_gate is moe._default_apply_gate
-
-
-def gated_experts(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, routing: LocalRouting) -> Tensor:
+def gated_experts(x: Tensor, up: Tensor, down: Tensor, weight_p: Tensor, routing: LocalRouting) -> Tensor:
     """Weighted sum of each row's experts.
 
     Args:
         x: [R,H].
         up: [e,H,2I], gate then up; any strides.
         down: [e,I,H]; any strides.
-        weights: [R,K], routing weights.
+        weight_p: [P], routing weights of the sorted pairs.
         routing: of the rows.
 
     Returns:
-        [R,H] in the dtype of x, differentiable once in x, up, down and weights.
+        [R,H] in the dtype of x, differentiable once in x, up, down and weight_p.
     """
-    kind, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(kind):  # cast here, where autograd sees it: backward runs without autocast
-        x, up, down = (each.to(torch.get_autocast_dtype(kind)) for each in (x, up, down))
-    with torch.autocast(kind, enabled=False):
-        y: Any = _Gated.apply(x, up, down, weights, routing.pairs, routing.ends, *routing.rows)
-    return y.to(dtype)
+    operands = as_autocast(x, up, down)
+    with torch.autocast(x.device.type, enabled=False):
+        y: Any = _Gated.apply(*operands, weight_p, routing.ends, *routing.rows)
+    return y.to(x.dtype)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, up, down, weights, pairs, ends, sources, copies, starts) -> Tensor:
-        weight_p = weights.reshape(-1).index_select(0, pairs)
+    def forward(ctx: Any, x, up, down, weight_p, ends, sources, copies, starts) -> Tensor:
         u = grouped_mm(gather(x, sources), up, ends)
         y = grouped_mm(swiglu(u, weight_p), down, ends)
-        ctx.save_for_backward(x, up, down, weight_p, u, pairs, ends, sources, copies, starts)
-        ctx.weights_shape = weights.shape
+        ctx.save_for_backward(x, up, down, weight_p, u, ends, sources, copies, starts)
         return sum_copies(y, copies, starts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, down, weight_p, u, pairs, ends, sources, copies, starts = ctx.saved_tensors
-        needs_x, needs_up, needs_down, needs_weights = ctx.needs_input_grad[:4]
+        x, up, down, weight_p, u, ends, sources, copies, starts = ctx.saved_tensors
+        needs_x, needs_up, needs_down, needs_weight = ctx.needs_input_grad[:4]
         y_grad = gather(gradients[0], sources)
         u_grad, weight_grad, a = swiglu_backward(grouped_mm(y_grad, down.transpose(1, 2), ends), u, weight_p)
         down_grad = _like(down, a, y_grad, ends) if needs_down else None
@@ -86,11 +78,7 @@ class _Gated(torch.autograd.Function):
         x_grad = None
         if needs_x:
             x_grad = sum_copies(grouped_mm(u_grad, up.transpose(1, 2), ends), copies, starts)
-        weights_grad = None
-        if needs_weights:
-            weights_grad = weight_grad.new_zeros(ctx.weights_shape.numel()).scatter_(0, pairs, weight_grad)
-            weights_grad = weights_grad.view(ctx.weights_shape)
-        return x_grad, up_grad, down_grad, weights_grad, None, None, None, None, None
+        return x_grad, up_grad, down_grad, weight_grad if needs_weight else None, None, None, None, None
 
 
 def _like(matrices: Tensor, rows: Tensor, others: Tensor, ends: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ Sizes: R rows, K top-k, e local experts, P pairs of a row and one of its local e
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_accel.kernels.rows import RowMap
 
@@ -61,3 +63,24 @@ def sort_by_expert(choices: Tensor, num_experts: int, num_pairs: int | None = No
     all_experts = torch.arange(num_experts, device=keys.device, dtype=keys.dtype)
     ends = torch.searchsorted(keys, all_experts, right=True, out_int32=True)
     return LocalRouting(pairs, keys, ends, RowMap(pairs // max(top_k, 1), place, starts))
+
+
+def pick(weights: Tensor, routing: LocalRouting) -> Tensor:
+    """Routing weights [R,K] -> [P], those of the sorted pairs. Differentiable once, in weights."""
+    return _Pick.apply(weights, routing.pairs)  # pyright: ignore[reportReturnType]
+
+
+class _Pick(torch.autograd.Function):
+    """weights [R,K] -> [P] of the sorted pairs. Each pair is picked once, so backward writes and never adds."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(pairs)
+        ctx.shape = weights.shape
+        return weights.reshape(-1).index_select(0, pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (pairs,), (gradient,) = ctx.saved_tensors, gradients
+        return gradient.new_zeros(ctx.shape.numel()).scatter_(0, pairs, gradient).view(ctx.shape), None

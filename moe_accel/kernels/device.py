@@ -4,6 +4,7 @@
 """
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -40,8 +41,19 @@ def use_triton(values: Tensor) -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run a kernel on the device of its first tensor, whichever is the current one."""
     first = next(each for each in args if isinstance(each, Tensor))
-    if first.is_cuda:
-        with torch.cuda.device(first.device):
-            kernel[grid](*args, **constants)
-    else:
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         kernel[grid](*args, **constants)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast multiplies on a device; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def as_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Operands of a product as autocast would take them.
+
+    For an autograd function, whose backward runs without autocast: cast before it, autograd sees the cast.
+    """
+    dtype = autocast_dtype(operands[0].device)
+    return operands if dtype is None else tuple(each.to(dtype) for each in operands)

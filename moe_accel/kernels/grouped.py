@@ -41,17 +41,19 @@ def grouped_outer(rows: Tensor, others: Tensor, ends: Tensor) -> Tensor:
     """
     if takes_torch_grouped_mm(rows, others[None]) and rows.shape[0]:
         return functional.grouped_mm(rows.t(), others, offs=ends)
-    stops = ends.tolist()
-    sizes = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+    sizes = _sizes(ends)
     return torch.stack([a.t() @ b for a, b in zip(rows.split(sizes), others.split(sizes), strict=True)])
 
 
 def grouped_mm_by_group(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """`grouped_mm` as one product per group: the definition, and what runs without a GPU."""
-    stops = ends.tolist()
-    sizes = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
-    products = [group @ matrix for group, matrix in zip(rows.split(sizes), matrices.unbind(), strict=True)]
+    products = [group @ matrix for group, matrix in zip(rows.split(_sizes(ends)), matrices.unbind(), strict=True)]
     return torch.cat(products)
+
+
+def _sizes(ends: Tensor) -> list[int]:
+    stops = ends.tolist()
+    return [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 def takes_torch_grouped_mm(rows: Tensor, matrices: Tensor) -> bool:

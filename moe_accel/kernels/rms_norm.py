@@ -67,7 +67,8 @@ def normalise_backward_torch(
 def normalise(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """`normalise_torch` as a kernel."""
     num_rows, width = x.shape
-    x, y, inverse = x.contiguous(), torch.empty_like(x), x.new_empty(num_rows, 1, dtype=torch.float32)
+    x = x.contiguous()
+    y, inverse = torch.empty_like(x), x.new_empty(num_rows, 1, dtype=torch.float32)
     sizes = _tile(width)
     grid = (-(-num_rows // sizes["ROWS"]),)
     launch(_forward_kernel, grid, x, weight.contiguous(), y, inverse, num_rows, eps=eps, offset=offset, **sizes)
@@ -81,8 +82,9 @@ def normalise_backward(
     num_rows, width = x.shape
     sizes = _tile(width)
     num_programs = min(NUM_PROGRAMS, -(-num_rows // sizes["ROWS"]))
+    x = x.contiguous()
     x_grad, sums = torch.empty_like(x), x.new_empty(num_programs, width, dtype=torch.float32)
-    tensors = gradient.contiguous(), x.contiguous(), weight.contiguous(), inverse, x_grad, sums
+    tensors = gradient.contiguous(), x, weight.contiguous(), inverse, x_grad, sums
     launch(_backward_kernel, (num_programs,), *tensors, num_rows, num_programs, offset=offset, **sizes)
     return x_grad, sums.sum(0).to(weight.dtype)
 

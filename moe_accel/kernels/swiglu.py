@@ -42,8 +42,9 @@ def swiglu_backward(gradient: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor
     if not use_triton(u):
         return swiglu_backward_torch(gradient, u, weight)
     num_rows, inner = gradient.shape
+    gradient, u, weight = gradient.contiguous(), u.contiguous(), weight.contiguous()
     u_grad, weight_grad, out = torch.empty_like(u), torch.empty_like(weight), torch.empty_like(gradient)
-    tensors = gradient.contiguous(), u.contiguous(), weight.contiguous(), u_grad, weight_grad, out
+    tensors = gradient, u, weight, u_grad, weight_grad, out
     launch(_backward_kernel, (num_rows,), *tensors, inner=inner, COLUMNS=COLUMNS)
     return u_grad, weight_grad, out
 

@@ -14,33 +14,13 @@ import math
 from collections import defaultdict
 
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from qwen3 import VOCABULARY, build_bf16, config, timed_steps
 
 
-def build(layers: int) -> Qwen3MoeForCausalLM:
+def build(layers: int) -> torch.nn.Module:
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                vocab_size=151_936,
-                hidden_size=2048,
-                moe_intermediate_size=768,
-                num_experts=128,
-                num_experts_per_tok=8,
-                norm_topk_prob=True,
-                num_hidden_layers=layers,
-                num_attention_heads=32,
-                num_key_value_heads=4,
-                head_dim=128,
-                max_position_embeddings=40_960,
-                use_cache=False,
-                attn_implementation="sdpa",
-                experts_implementation="grouped_mm",
-            )
-        )
-    torch.set_default_dtype(torch.float32)
-    return model.train()
+    kinds = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
+    return build_bf16(config(layers, max_position_embeddings=40_960, **kinds), "cuda")
 
 
 def norms_by_kind(model: torch.nn.Module) -> dict[str, float]:
@@ -76,31 +56,27 @@ def main() -> None:
         kernels = "reference" if args.arm == "reference" else "auto"
         model, optimizer = Accelerator(parallelism_config=MoEConfig(kernels=kernels)).prepare(model, optimizer)
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(151_936, (args.batch, args.sequence), generator=generator).cuda()
+    tokens = torch.randint(VOCABULARY, (args.batch, args.sequence), generator=generator).cuda()
 
     def forward_backward() -> torch.Tensor:
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         return loss.detach()
 
-    losses = [forward_backward()]
-    norms = norms_by_kind(model)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    times = []
-    for step in range(14):
-        if step == 4:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        losses.append(forward_backward())
+    def update() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    times = sorted(times[4:])
+
+    def step() -> torch.Tensor:
+        loss = forward_backward()
+        update()
+        return loss
+
+    losses = [forward_backward()]
+    norms = norms_by_kind(model)
+    update()
+    more, times = timed_steps(step)
+    losses += more
     median_ms = times[len(times) // 2]
     result = vars(args) | {
         "gpu": torch.cuda.get_device_name(),

@@ -15,30 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-VOCABULARY = 151_936
-
-
-def build(layers: int, device: torch.device) -> Qwen3MoeForCausalLM:
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=2048,
-        moe_intermediate_size=768,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        use_cache=False,
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = Qwen3MoeForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model.train()
+from qwen3 import VOCABULARY, build_bf16, config, timed_steps
 
 
 def main() -> None:
@@ -50,26 +27,21 @@ def main() -> None:
     args = parser.parse_args()
     accelerator = Accelerator()
     set_seed(0)
-    model = build(args.layers, accelerator.device)
+    model = build_bf16(config(args.layers), accelerator.device)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
     generator = torch.Generator().manual_seed(accelerator.process_index)
     tokens = torch.randint(VOCABULARY, (args.batch, args.sequence), generator=generator).to(accelerator.device)
-    losses, times = [], []
-    for step in range(14):
-        if step == 4:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+
+    def step() -> torch.Tensor:
         loss = model(input_ids=tokens, labels=tokens).loss
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-        losses.append(accelerator.reduce(loss.detach(), "mean").item())
-    ours = torch.tensor([sorted(times[4:])[5], torch.cuda.max_memory_allocated() / 2**30], device=accelerator.device)
+        return loss.detach()
+
+    returned, times = timed_steps(step)
+    losses = [accelerator.reduce(loss, "mean").item() for loss in returned]
+    ours = torch.tensor([times[len(times) // 2], torch.cuda.max_memory_allocated() / 2**30], device=accelerator.device)
     median_ms, peak_gib = accelerator.gather(ours[None]).amax(0).tolist()
     if accelerator.is_main_process:
         result = vars(args) | {

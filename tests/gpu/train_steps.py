@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from qwen3 import config
 from torch.nn import functional
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 
 def main() -> None:
@@ -33,21 +34,7 @@ def main() -> None:
     accelerator = Accelerator()
     set_seed(0)
     with torch.device(accelerator.device):
-        model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                vocab_size=args.vocabulary,
-                hidden_size=2048,
-                moe_intermediate_size=768,
-                num_experts=128,
-                num_experts_per_tok=8,
-                norm_topk_prob=True,
-                num_hidden_layers=args.layers,
-                num_attention_heads=32,
-                num_key_value_heads=4,
-                head_dim=128,
-                use_cache=False,
-            )
-        )
+        model = Qwen3MoeForCausalLM(config(args.layers, args.vocabulary))
     model.train()
     if args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

