@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -333,7 +333,7 @@ def _copy_shard(
     only_runs = all(isinstance(op, Run) for op in job.operations[shard.name])
     copied = in_order(mover if only_runs else pool, copier.files, tasks, ahead=1 if only_runs else job.options.threads)
     due, end, checks = Due(shard), len(shard.header), []
-    with target.sync_meanwhile(shard.name):
+    with target.sync_meanwhile(shard.name) if only_runs else nullcontext():
         for num_bytes in copied:
             end += num_bytes
             ready = due.until(end) if job.options.verify == "full" else []
@@ -347,13 +347,15 @@ def _finish(
     checks: list[Future[None]], checker: Checker, job: Job, target: Target, shard: Shard, unfinished: set[str]
 ) -> None:
     """Sync and publish one file when its checks have ended well; the next is being copied meanwhile."""
-    target.sync(shard.name)
     temporary = target.temporary(shard.name)
-    if job.options.verify != "none" and read_header(temporary).raw != shard.header:
-        raise CheckpointError(f"{temporary} does not have the header that was written to it")
     try:
+        if checker.files.stop.is_set():  # no waiting for the disk, if nothing is published
+            raise Stopped
+        target.sync(shard.name)
+        if job.options.verify != "none" and read_header(temporary).raw != shard.header:
+            raise CheckpointError(f"{temporary} does not have the header that was written to it")
         _raise_first(checks, wait=True)
-    except CheckpointError:
+    except BaseException:
         checker.files.stop.set()
         raise
     checker.files.close(temporary)
