@@ -30,7 +30,8 @@ def linear_cross_entropy(
         hidden: [N,H].
         weight: [V,H], the dtype of hidden.
         labels: [N] int64; rows with `ignore_index` do not count.
-        divisor: number to divide by; None: the number of rows that count, as `reduction="mean"`.
+        divisor: number to divide by; None: the number of rows that count, as `reduction="mean"`. Where that is none,
+            the loss is NaN and its gradients are zero, as torch has it.
         ignore_index: label of a row that does not count.
 
     Returns:
@@ -48,7 +49,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight) if needs_weight and hidden.shape[0] == 0 else None
-        scale = divisor.to(hidden.device, exact).reciprocal().reshape(1)
+        divisor = divisor.to(hidden.device, exact)
+        scale = divisor.reciprocal().reshape(1)
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         num_rows = max(1, min(hidden.shape[0], CHUNK_BYTES // (weight.shape[0] * hidden.element_size())))
         for start in range(0, hidden.shape[0], num_rows):
@@ -64,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits
         ctx.save_for_backward(*(each for each in (hidden_grad, weight_grad) if each is not None))
         ctx.needs = needs_hidden, needs_weight
-        return loss
+        return loss / divisor
 
     @staticmethod
     @once_differentiable
@@ -84,7 +86,7 @@ def softmax_gradient_(logits: Tensor, labels: Tensor, scale: Tensor, ignore_inde
         ignore_index: label of a row that does not count.
 
     Returns:
-        [C], loss of each row times scale, fp32 or wider.
+        [C], loss of each row, not scaled, fp32 or wider.
     """
     if not use_triton(logits):
         return softmax_gradient_torch_(logits, labels, scale, ignore_index)
@@ -110,10 +112,10 @@ def softmax_gradient_torch_(logits: Tensor, labels: Tensor, scale: Tensor, ignor
     counts = labels != ignore_index
     targets = labels.where(counts, 0)[:, None]
     log_softmax = logits.to(scale.dtype).log_softmax(1)
-    loss = -log_softmax.gather(1, targets)[:, 0] * scale * counts
+    loss = -log_softmax.gather(1, targets)[:, 0].where(counts, 0)
     gradient = log_softmax.exp_()
     gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1))
-    logits.copy_(gradient * (scale * counts[:, None]))
+    logits.copy_(gradient * scale.where(counts, 0)[:, None])  # scale may be infinite where no row counts
     return loss
 
 
@@ -139,8 +141,8 @@ def _softmax_gradient_kernel(
             highest = higher
         top = tl.max(highest, 0)
         of_all = tl.sum(total * tl.exp(highest - top), 0)
+        tl.store(loss + row, top + tl.log(of_all) - picked)
         factor = tl.load(scale)
-        tl.store(loss + row, (top + tl.log(of_all) - picked) * factor)
         shared = factor / of_all
         for first in range(0, width, COLUMNS):
             at = first + column

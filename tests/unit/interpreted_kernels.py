@@ -49,7 +49,7 @@ def test_swiglu_and_its_backward(inner, weight_dtype):
 @pytest.mark.parametrize("width", [3, 8192, 8200])
 def test_softmax_gradient(width):
     logits, scale = 4 * values(5, width), torch.tensor([0.25])
-    logits[3, : width // 2] = -float("inf")
+    logits[2:4, : width // 2] = -float("inf")
     labels = torch.tensor([0, width - 1, -100, width - 2, width // 2])
     expected = logits.clone()
     of_rows = cross_entropy.softmax_gradient_torch_(expected, labels, scale, -100)
@@ -91,3 +91,11 @@ def test_rotation_and_its_backward(strided, batches_of_angles):
     expected.backward(gradient)
     found = rope.rotate_triton(gradient, cos, sin, backward=True)
     torch.testing.assert_close(found, expected_input.grad, rtol=4 * EPSILON, atol=4 * EPSILON)
+
+
+def test_a_loss_of_no_counting_rows_is_nan_and_its_gradients_are_zero():
+    hidden, weight = values(3, 4).requires_grad_(), values(11, 4).requires_grad_()
+    found = cross_entropy.linear_cross_entropy(hidden, weight, torch.full((3,), -100))
+    assert found.isnan()
+    for gradient in torch.autograd.grad(found, (hidden, weight)):
+        assert not gradient.any()

@@ -128,3 +128,14 @@ def test_no_rows_still_give_every_parameter_a_gradient():
     assert found == 0
     assert of_hidden.shape == (0, 4)
     assert torch.equal(of_weight, torch.zeros(11, 4, dtype=torch.float64))
+
+
+def test_a_loss_of_no_counting_rows_is_that_of_torch():
+    hidden, weight, labels = _values(5, 4).requires_grad_(), _values(11, 4).requires_grad_(), torch.full((5,), -100)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels)
+    found = cross_entropy.linear_cross_entropy(hidden, weight, labels)
+    assert expected.isnan()
+    assert found.isnan()
+    gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
