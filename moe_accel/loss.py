@@ -20,13 +20,20 @@ from moe_accel.kernels.device import as_autocast, autocast_dtype
 from moe_accel.report import Choice
 
 
-def install(model: nn.Module) -> Choice:
-    """Let the output layer of a transformers model defer its logits; returns what was chosen and why."""
+def install(model: nn.Module, precision: str = "no") -> Choice:
+    """Let the output layer of a transformers model defer its logits; returns what was chosen and why.
+
+    Args:
+        model: of transformers.
+        precision: accelerate's `mixed_precision`.
+    """
     head = _head(model) if hasattr(model, "get_output_embeddings") else None
     if type(head) is not nn.Linear:
         return Choice("native", f"the output layer is {'missing' if head is None else type(head).__name__}")
     if head.bias is not None:
         return Choice("native", "the output layer has a bias")
+    if precision == "fp16" or head.weight.dtype == torch.float16:
+        return Choice("native", "fp16 would lose small gradients before a GradScaler multiplies them")
     if "forward" not in vars(head):
         head._moe_accel_defer = False  # pyright: ignore[reportArgumentType]
         head.forward = types.MethodType(_forward, head)
@@ -49,7 +56,10 @@ def _head(model: nn.Module) -> Any:
 
 
 def _forward(head: Any, hidden: Tensor) -> "Tensor | DeferredLogits":
-    if head._moe_accel_defer and not isinstance(head.weight, DTensor):
+    # The gradient of the logits, divided by the number of rows, is computed before backward brings a GradScaler's
+    # factor; without the division, the sum over rows that is the weight's gradient could overflow.
+    fp16 = (autocast_dtype(hidden.device) or hidden.dtype) == torch.float16
+    if head._moe_accel_defer and not fp16 and not isinstance(head.weight, DTensor):
         return DeferredLogits(*_Pass.apply(hidden, head.weight))  # pyright: ignore[reportGeneralTypeIssues]
     return functional.linear(hidden, head.weight)
 

@@ -145,7 +145,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         num_local_experts=" or ".join(str(size // config.ep_size) for size in sizes),
         dispatcher=dispatcher,
         kernels=kernels,
-        **choose_rest(kernels, _unwrapped(model), accelerator.device),
+        **choose_rest(kernels, _unwrapped(model), accelerator),
         num_expert_parameters=sum(count for count, _ in counts),
         num_trainable=sum(count for count, trainable in counts if trainable),
         notes=(
@@ -183,11 +183,12 @@ def choose_kernels(asked: str, device: torch.device) -> Choice:
     return Choice("fused", f"{'asked for' if asked == 'fused' else asked}: {how}")
 
 
-def choose_rest(kernels: Choice, model: nn.Module, device: torch.device) -> dict[str, Choice]:
+def choose_rest(kernels: Choice, model: nn.Module, accelerator: Accelerator) -> dict[str, Choice]:
     """How the rest of a block and the loss of `labels=` are computed, with the reasons, as fields of the report."""
     if kernels.value == "reference":
         return dict.fromkeys(("block", "loss"), Choice("native", "as transformers does it, with kernels: reference"))
-    return {"block": block.install(model, device), "loss": loss.install(model)}
+    precision = accelerator.mixed_precision
+    return {"block": block.install(model, accelerator.device), "loss": loss.install(model, precision)}
 
 
 def choose_dispatcher(asked: str, ep_size: int) -> Choice:

@@ -27,7 +27,7 @@ def linear_cross_entropy(
     """Cross-entropy of `hidden @ weight.T`, summed over rows and divided.
 
     Args:
-        hidden: [N,H].
+        hidden: [N,H]; in fp16 small gradients are lost before a GradScaler multiplies them, see `loss.py`.
         weight: [V,H], the dtype of hidden.
         labels: [N] int64; rows with `ignore_index` do not count.
         divisor: number to divide by; None: the number of rows that count, as `reduction="mean"`. Where that is none,

@@ -73,6 +73,22 @@ def test_whoever_wants_the_logits_gets_them():
     )
 
 
+def test_small_fp16_gradients_survive_as_they_do_in_transformers():
+    model = build_tiny("qwen3_moe", torch.float32, num_hidden_layers=1)
+    with torch.no_grad():
+        model.lm_head.weight[64:] = 0  # never a label; of their probability, fp16 loses the 4092nd part
+        model.lm_head.weight[:64] *= 4
+    deferred = copy.deepcopy(model)
+    loss.install(deferred)
+    tokens = torch.randint(64, (4, 1024), generator=torch.Generator().manual_seed(0))
+    for each in (model, deferred):
+        with torch.autocast("cpu", torch.float16):
+            found = each(input_ids=tokens, labels=tokens).loss
+        (2.0**16 * found).backward()  # the first factor of a GradScaler
+    ours, theirs = (each.lm_head.weight.grad[64:] for each in (deferred, model))
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+
+
 @pytest.mark.parametrize("case", ["eval", "no-grad", "no-labels"])
 def test_logits_are_tensors_where_no_loss_is_trained(case):
     _, deferred, _ = pair()
@@ -103,6 +119,11 @@ def test_says_why_not():
     model = build_tiny("qwen3_moe", torch.float32, num_hidden_layers=1)
     model.lm_head = torch.nn.Linear(model.config.hidden_size, 64, bias=True)
     assert "has a bias" in loss.install(model).reason
+    model = build_tiny("qwen3_moe", torch.float32, num_hidden_layers=1)
+    for of_model, precision in ((torch.float32, "fp16"), (torch.float16, "no")):
+        choice = loss.install(model.to(of_model), precision)
+        assert choice.value == "native"
+        assert "fp16" in choice.reason
 
 
 def test_a_cast_of_what_the_layer_puts_out_is_a_cast_of_the_logits():
