@@ -68,15 +68,20 @@ class _Pass(torch.autograd.Function):
     """Hidden states and weight as outputs of the output layer.
 
     FSDP2 gathers a layer for backward when the gradient of one of its outputs comes; without this, the gradients of
-    hidden states and weight would come to a layer that is not there.
+    hidden states and weight would come to a layer that is not there. What is frozen stays so: no gradient is computed
+    for it.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden.view_as(hidden), weight.view_as(weight)
+        passed = hidden.view_as(hidden), weight.view_as(weight)
+        ctx.set_materialize_grads(False)
+        frozen = [one for one, wanted in zip(passed, ctx.needs_input_grad, strict=True) if not wanted]
+        ctx.mark_non_differentiable(*frozen)
+        return passed
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradients
 
 

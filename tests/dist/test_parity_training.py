@@ -51,7 +51,7 @@ def test_on_three_ranks():
     assert_parity(THREE_RANKS, 3)
 
 
-@pytest.mark.parametrize("trainable", ["experts", "self_attn", "layers.1"])
+@pytest.mark.parametrize("trainable", ["experts", "self_attn", "layers.1", "lm_head"])
 @pytest.mark.parametrize("recompute", ["false", "true"], ids=["plain", "checkpointing"])
 def test_with_everything_else_frozen(trainable, recompute):
     assert_parity(Job(trainable=trainable), 2, {"FSDP_ACTIVATION_CHECKPOINTING": recompute})

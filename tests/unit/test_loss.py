@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from moe_accel import loss
+from moe_accel.kernels import cross_entropy
 from tests.families import build_tiny
 
 TOKENS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -56,6 +57,36 @@ def test_same_loss_and_gradients_as_transformers(arguments):
         torch.testing.assert_close(
             ours[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda said, name=name: f"{name}: {said}"
         )
+
+
+@pytest.mark.parametrize("trained", ["all but the head", "only the head"])
+def test_nothing_is_computed_for_what_is_frozen(trained, monkeypatch):
+    model, deferred, _ = pair()
+    asked = []
+
+    def seen(hidden, weight, *rest):
+        asked.append((hidden.requires_grad, weight.requires_grad))
+        return cross_entropy.linear_cross_entropy(hidden, weight, *rest)
+
+    monkeypatch.setattr(loss, "linear_cross_entropy", seen)
+    for each in (model, deferred):
+        each.requires_grad_(trained == "all but the head")
+        each.lm_head.requires_grad_(trained == "only the head")
+        each(input_ids=TOKENS, labels=LABELS).loss.backward()
+    assert asked == [(True, False) if trained == "all but the head" else (False, True)]
+    ours, theirs = gradients(deferred), gradients(model)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_come_through_the_logits_where_the_head_is_frozen():
+    model, deferred, _ = pair()
+    for each in (model, deferred):
+        each.lm_head.requires_grad_(False)
+        (each(input_ids=TOKENS, labels=LABELS).logits ** 2).sum().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradients(deferred)[name], gradient)
 
 
 def test_whoever_wants_the_logits_gets_them():
