@@ -2,7 +2,7 @@
 
 While a model in training is called with labels, its output layer hands on `DeferredLogits`: hidden states and weight,
 not yet multiplied. Transformers' loss calls `float()`, `view()` and `cross_entropy` on them, which is answered by
-`linear_cross_entropy`. Whoever does anything else with them gets the logits: they are computed then, as usual.
+`linear_cross_entropy`. Whoever does anything else with them gets the logits: computed then, as usual, and kept.
 """
 
 import types
@@ -56,11 +56,12 @@ def _head(model: nn.Module) -> Any:
 
 
 def _forward(head: Any, hidden: Tensor) -> "Tensor | DeferredLogits":
-    # The gradient of the logits, divided by the number of rows, is computed before backward brings a GradScaler's
+    # fp16: the gradient of the logits, divided by the number of rows, is computed before backward brings a GradScaler's
     # factor; without the division, the sum over rows that is the weight's gradient could overflow.
     fp16 = (autocast_dtype(hidden.device) or hidden.dtype) == torch.float16
     if head._moe_accel_defer and not fp16 and not isinstance(head.weight, DTensor):
-        return DeferredLogits(*_Pass.apply(hidden, head.weight))  # pyright: ignore[reportGeneralTypeIssues]
+        operands = as_autocast(hidden, head.weight)  # as autocast is now, not where the logits are asked for
+        return DeferredLogits(*_Pass.apply(*operands))  # pyright: ignore[reportGeneralTypeIssues]
     return functional.linear(hidden, head.weight)
 
 
@@ -87,7 +88,7 @@ class _Pass(torch.autograd.Function):
 
 @dataclass(eq=False)
 class DeferredLogits:
-    """`hidden @ weight.T`, computed when somebody asks for it.
+    """`hidden @ weight.T`, computed when somebody asks for it, and from then on what was computed.
 
     A dataclass of tensors, and known to pytree, so that FSDP2 finds the tensors in what a layer puts out. Where it
     casts them, the logits are meant.
@@ -97,12 +98,16 @@ class DeferredLogits:
         weight: [V,H].
         cast: dtype of the logits, where `float()` or a cast changed it; None: what the product has.
         computed: dtype of hidden and weight.
+        source: what this is a view of, its leading dimensions joined.
+        kept: the logits [..., V], once somebody asked.
     """
 
     hidden: Tensor
     weight: Tensor
     cast: torch.dtype | None = None
     computed: torch.dtype | None = None
+    source: "DeferredLogits | None" = None
+    kept: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.computed is not None and self.hidden.dtype != self.computed:
@@ -111,11 +116,18 @@ class DeferredLogits:
         self.computed = self.hidden.dtype
 
     def tensor(self) -> Tensor:
-        """The logits [..., V].
+        """The logits [..., V]: the same tensor each time, so that what is written to them stays.
 
         Raises:
             RuntimeError: FSDP has taken the weight apart since; ask right after forward.
         """
+        if self.kept is None:
+            # like logits that forward computed, whatever holds where they are asked for
+            with torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+                self.kept = self._product() if self.source is None else self.source.tensor().view(self.shape)
+        return self.kept
+
+    def _product(self) -> Tensor:
         if self.weight.untyped_storage().size() == 0:
             raise RuntimeError(
                 "the logits were not computed with the loss, and FSDP has taken the output layer's weight apart since; "
@@ -123,6 +135,12 @@ class DeferredLogits:
             )
         logits = functional.linear(self.hidden, self.weight)
         return logits if self.cast is None else logits.to(self.cast)
+
+    def known(self) -> Tensor | None:
+        """The logits, if they are computed already."""
+        if self.kept is None and self.source is not None and self.source.known() is not None:
+            return self.tensor()
+        return self.kept
 
     @property
     def shape(self) -> torch.Size:
@@ -132,27 +150,48 @@ class DeferredLogits:
     @property
     def dtype(self) -> torch.dtype:
         """Of the logits."""
-        return self.cast or autocast_dtype(self.device) or self.hidden.dtype
+        return self.cast or self.hidden.dtype
 
     @property
     def device(self) -> torch.device:
         """Of the logits."""
         return self.hidden.device
 
-    def float(self) -> "DeferredLogits":
+    @property
+    def requires_grad(self) -> bool:
+        """Of the logits."""
+        return self.hidden.requires_grad or self.weight.requires_grad
+
+    def float(self) -> "Tensor | DeferredLogits":
         """The same in fp32, still deferred."""
-        return DeferredLogits(self.hidden, self.weight, torch.float32)
+        known = self.known()
+        if known is not None:
+            return known.float()
+        return self if self.dtype == torch.float32 else DeferredLogits(self.hidden, self.weight, torch.float32)
+
+    def to(self, *args: Any, **kwargs: Any) -> "Tensor | DeferredLogits":
+        """As of a tensor; deferred still in the same dtype and in fp32."""
+        same = torch.empty(0, dtype=self.dtype, device=self.device)
+        asked = same.to(*args, **kwargs)
+        if asked is same:
+            return self
+        if asked.device == self.device and asked.dtype == torch.float32 != self.dtype:
+            return self.float()
+        return self.tensor().to(*args, **kwargs)
 
     def view(self, *shape: Any) -> "Tensor | DeferredLogits":
         """Deferred still where only leading dimensions are joined: `view(-1, V)`."""
-        if shape == (-1, self.weight.shape[0]):
-            return DeferredLogits(self.hidden.reshape(-1, self.hidden.shape[-1]), self.weight, self.cast)
+        if shape == (-1, self.weight.shape[0]) and self.known() is None:
+            joined = self.hidden.reshape(-1, self.hidden.shape[-1])
+            return DeferredLogits(joined, self.weight, self.cast, source=self)
         return self.tensor().view(*shape)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copying and pickling look for what is not there
             raise AttributeError(name)
-        return getattr(self.tensor(), name)
+        if name in _OF_ANY_VALUES:
+            return getattr(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
+        return getattr(self.hidden if name in _OF_DEVICE else self.tensor(), name)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -167,12 +206,18 @@ class DeferredLogits:
         return function(*_computed(args), **{name: _computed(value) for name, value in kwargs.items()})
 
 
+_OF_ANY_VALUES = {"size", "ndim", "dim", "numel", "nelement", "stride", "is_contiguous", "element_size"}
+_OF_ANY_VALUES |= {"itemsize", "nbytes", "is_floating_point", "is_complex"}
+_OF_DEVICE = {"is_cuda", "is_cpu", "get_device", "layout"}
+
+
 def _flatten(logits: DeferredLogits) -> tuple[list[Tensor], Any]:
-    return [logits.hidden, logits.weight], (logits.cast, logits.computed)
+    known = logits.known()
+    return ([logits.hidden, logits.weight], (logits.cast, logits.computed)) if known is None else ([known], None)
 
 
-def _unflatten(tensors: Any, context: Any) -> DeferredLogits:
-    return DeferredLogits(*tensors, *context)
+def _unflatten(tensors: Any, context: Any) -> "Tensor | DeferredLogits":
+    return tensors[0] if context is None else DeferredLogits(*tensors, *context)
 
 
 register_pytree_node(DeferredLogits, _flatten, _unflatten)
@@ -191,20 +236,21 @@ def _operator(name: str) -> Any:
     return operate
 
 
-_ARITHMETIC = ("add", "sub", "mul", "truediv", "matmul", "pow", "radd", "rsub", "rmul", "rtruediv", "neg")
-for _name in (*_ARITHMETIC, "getitem", "lt", "le", "gt", "ge", "eq", "ne"):
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "matmul", "pow", "radd", "rsub", "rmul", "rtruediv", "neg", "abs")
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem")
+for _name in (*_ARITHMETIC, *_IN_PLACE, "getitem", "lt", "le", "gt", "ge", "eq", "ne"):
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def _cross_entropy(input: Any, target: Any, weight: Any = None, **options: Any) -> Tensor | None:
     """`functional.cross_entropy` of deferred logits; None where it asks for more than the kernel knows."""
     reduction, ignore_index = options.pop("reduction", "mean"), options.pop("ignore_index", -100)
-    plain = isinstance(input, DeferredLogits) and input.hidden.ndim == 2 and isinstance(target, Tensor)
+    deferred = isinstance(input, DeferredLogits) and input.known() is None
+    plain = deferred and input.hidden.ndim == 2 and isinstance(target, Tensor)
     if not plain or weight is not None or target.is_floating_point() or reduction not in ("mean", "sum"):
         return None
     if any(options.values()):  # label_smoothing
         return None
-    hidden, matrix = as_autocast(input.hidden, input.weight)
-    divisor = torch.ones((), device=hidden.device) if reduction == "sum" else None
-    with torch.autocast(hidden.device.type, enabled=False):
-        return linear_cross_entropy(hidden, matrix, target.to(hidden.device), divisor, ignore_index)
+    divisor = torch.ones((), device=input.device) if reduction == "sum" else None
+    with torch.autocast(input.device.type, enabled=False):
+        return linear_cross_entropy(input.hidden, input.weight, target.to(input.device), divisor, ignore_index)

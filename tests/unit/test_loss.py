@@ -160,8 +160,8 @@ def test_says_why_not():
 def test_a_cast_of_what_the_layer_puts_out_is_a_cast_of_the_logits():
     _, deferred, _ = pair()
     output = deferred(input_ids=TOKENS, labels=LABELS)
-    expected = output.logits.tensor()
     cast = tree_map(lambda value: value.float() if isinstance(value, torch.Tensor) else value, output)
+    expected = output.logits.tensor()
     assert (cast.logits.dtype, cast.logits.hidden.dtype) == (torch.float32, torch.float64)
     torch.testing.assert_close(cast.logits.tensor(), expected.float())  # the weights were cast too
 
@@ -172,3 +172,105 @@ def test_logits_whose_weight_is_gone_are_an_error():
     logits.weight.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="FSDP has taken the output layer's weight apart"):
         logits.argmax(-1)
+
+
+def cross_entropy_of(logits):
+    return functional.cross_entropy(logits.float().view(-1, VOCABULARY), LABELS.view(-1))
+
+
+def test_logits_asked_for_after_autocast_are_those_computed_under_it():
+    model = build_tiny("qwen3_moe", torch.float32, num_hidden_layers=1)
+    deferred = copy.deepcopy(model)
+    loss.install(deferred)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, logits = (each(input_ids=TOKENS, labels=LABELS).logits for each in (model, deferred))
+    assert isinstance(logits, loss.DeferredLogits)
+    assert logits.dtype == expected.dtype == torch.bfloat16
+    found = cross_entropy_of(logits)
+    torch.testing.assert_close(found, cross_entropy_of(expected), rtol=1e-6, atol=0)  # both sum bf16 products in fp32
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = loss._forward(deferred.lm_head.to(torch.bfloat16), torch.ones(2, deferred.config.hidden_size))
+    assert logits.dtype == torch.bfloat16
+    assert (logits + 1).dtype == torch.bfloat16
+
+
+METADATA = {
+    "size": lambda logits: (logits.size(), logits.size(-1), logits.shape, len(logits)),
+    "dimensions": lambda logits: (logits.ndim, logits.dim(), logits.numel(), logits.nelement()),
+    "memory": lambda logits: (logits.stride(), logits.is_contiguous(), logits.element_size(), logits.layout),
+    "dtype": lambda logits: (logits.dtype, logits.is_floating_point(), logits.float().dtype),
+    "device": lambda logits: (logits.device, logits.is_cuda, logits.get_device()),
+    "requires grad": lambda logits: logits.requires_grad,
+    "casts": lambda logits: [
+        logits.to(*args, **how).dtype
+        for args, how in (((logits.device,), {}), ((torch.float32,), {}), ((), {"dtype": torch.float32}))
+    ],
+}
+
+
+@pytest.mark.parametrize("ask", METADATA.values(), ids=METADATA)
+def test_asking_for_sizes_and_types_computes_nothing(ask, monkeypatch):
+    model, deferred, _ = pair()
+    expected, logits = (each(input_ids=TOKENS, labels=LABELS).logits for each in (model, deferred))
+    monkeypatch.setattr(loss.DeferredLogits, "tensor", lambda self: pytest.fail("computed"))
+    assert ask(logits) == ask(expected)
+
+
+def test_a_cast_that_rounds_is_computed():
+    _, deferred, _ = pair()
+    logits = deferred(input_ids=TOKENS, labels=LABELS).logits
+    for found in (logits.to(torch.bfloat16), logits.to(torch.float32, copy=True)[:], logits.to(LABELS.double())):
+        assert torch.equal(found + 0, logits.tensor().to(found.dtype))
+
+
+def assigned(logits):
+    logits[..., 5] = -1e3
+    return logits
+
+
+def assigned_after_a_view(logits):
+    flat = logits.view(-1, VOCABULARY)
+    logits[..., 5] = -1e3
+    return flat
+
+
+def assigned_through_a_view(logits):
+    logits.view(-1, VOCABULARY)[:, 5] = -1e3
+    return logits
+
+
+def looked_at_without_gradient(logits):
+    with torch.no_grad():
+        logits.argmax(-1)
+    return logits
+
+
+def multiplied(logits):
+    kept = logits
+    logits *= 2
+    logits.sub_(1)
+    return kept
+
+
+CHANGES = [assigned, assigned_after_a_view, assigned_through_a_view, looked_at_without_gradient, multiplied]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_logits_are_those_of_a_loss_that_comes_later(change):
+    model, deferred, _ = pair()
+    for each in (model, deferred):
+        logits = each(input_ids=TOKENS, labels=LABELS).logits
+        each.found = cross_entropy_of(change(logits))
+        each.found.backward()
+    torch.testing.assert_close(deferred.found, model.found)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradients(deferred)[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_computed_logits_leave_a_layer_as_a_tensor():
+    _, deferred, _ = pair()
+    output = deferred(input_ids=TOKENS, labels=LABELS)
+    output.logits[..., 5] = 0
+    cast = tree_map(lambda value: value.float() if isinstance(value, torch.Tensor) else value, output)
+    assert torch.equal(cast.logits, output.logits.tensor().float())
