@@ -7,6 +7,7 @@ must agree. A norm or rotation of another kind stays as it is.
 import inspect
 import sys
 import types
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from moe_accel.kernels.rope import rotate, rotate_torch
 from moe_accel.report import Choice
 
 ROTATION = "apply_rotary_pos_emb"
+_in_fused_attention: ContextVar[bool] = ContextVar("in_fused_attention", default=False)
 
 
 def install(model: nn.Module, device: torch.device) -> Choice:
@@ -27,8 +29,7 @@ def install(model: nn.Module, device: torch.device) -> Choice:
         return Choice("native", f"kernels need {'triton' if device.type == 'cuda' else 'a GPU'}")
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     fused = [module for module in norms if fuse_norm(module)]
-    rotations = {type(module).__module__ for module in model.modules()}
-    turned = [name for name in sorted(rotations) if fuse_rotation(sys.modules[name])]
+    turned = fuse_rotations(model)
     said = f"{len(fused)} of {len(norms)} norms, rotary embeddings {'too' if turned else 'of their own kind stay'}"
     return Choice("fused" if fused or turned else "native", said)
 
@@ -70,14 +71,53 @@ def _eps(module: Any) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
-def _normed(module: Any, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not use_triton(x):  # the compiler fuses a norm by itself
+def _normed(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if torch.compiler.is_compiling():  # the compiler fuses a norm by itself
+        return type(module).forward(module, *args, **kwargs)
+    if len(args) != 1 or kwargs:  # its own name for x
+        args = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[1:]
+    (x,) = args
+    if not use_triton(x):
         return type(module).forward(module, x)
     return rms_norm(x, module.weight, *module._moe_accel_norm)
 
 
+def fuse_rotations(model: nn.Module) -> bool:
+    """Let the attention of one model rotate with `rotate`, where it rotates as Llama does; returns whether any does.
+
+    Attention finds its rotation in its modeling file, which other models share: what is put there looks whether it was
+    called from a module of a model that was prepared. The modules' own hooks say so, in recompute too.
+    """
+    proven: dict[Any, bool] = {}
+    for module in model.modules():
+        forward: Any = inspect.unwrap(type(module).forward)
+        file = sys.modules.get(getattr(forward, "__module__", ""))
+        if ROTATION not in getattr(getattr(forward, "__code__", None), "co_names", ()) or file is None:
+            continue
+        if file not in proven:
+            proven[file] = fuse_rotation(file)
+        if proven[file] and not hasattr(module, "_moe_accel_rotates"):
+            module._moe_accel_rotates = True  # pyright: ignore[reportArgumentType]
+            module.register_forward_pre_hook(_enter)
+            module.register_forward_hook(_leave, always_call=True)
+    return any(proven.values())
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _in_fused_attention.set(True)
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _in_fused_attention.set(False)
+
+
 def fuse_rotation(module: Any) -> bool:
-    """Let a modeling file rotate with `rotate`, if it rotates q and k as Llama does; returns whether it does."""
+    """Let a modeling file rotate with `rotate` inside of fused attention, if it rotates q and k as Llama does.
+
+    Returns whether it does.
+    """
     function = getattr(module, ROTATION, None)
     if function is None:
         return False
@@ -87,10 +127,11 @@ def fuse_rotation(module: Any) -> bool:
     q, k = (torch.randn(2, heads, 3, 8, generator=generator) for heads in (4, 2))
     cos, sin = (torch.randn(2, 3, 8, generator=generator) for _ in range(2))
     try:
-        found = inspect.unwrap(function)(q, k, cos, sin)
-    except (RuntimeError, TypeError, ValueError):
+        pairs = zip(inspect.unwrap(function)(q, k, cos, sin), (q, k), strict=True)
+        usual = all(torch.allclose(one, rotate_torch(x, cos, sin)) for one, x in pairs)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         return False
-    if not all(torch.allclose(one, rotate_torch(x, cos, sin)) for one, x in zip(found, (q, k), strict=True)):
+    if not usual:
         return False
     wrap(module, ROTATION, _rotated)
     return True
@@ -100,7 +141,8 @@ def _rotated(original: Any) -> Any:
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         usual = q.ndim == 4 and cos.ndim == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and cos.shape == sin.shape
         fits = usual and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[2] == k.shape[2]
-        if args or kwargs or not fits or torch.compiler.is_compiling() or not (use_triton(q) and use_triton(k)):
+        ours = not torch.compiler.is_compiling() and _in_fused_attention.get() and use_triton(q) and use_triton(k)
+        if args or kwargs or not (fits and ours):
             return original(q, k, cos, sin, *args, **kwargs)
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
