@@ -99,3 +99,21 @@ def test_a_loss_of_no_counting_rows_is_nan_and_its_gradients_are_zero():
     assert found.isnan()
     for gradient in torch.autograd.grad(found, (hidden, weight)):
         assert not gradient.any()
+
+
+def test_an_impossible_label_makes_the_loss_nan():
+    hidden, weight = values(3, 4), values(11, 4)
+    for label in (11, -1):
+        assert cross_entropy.linear_cross_entropy(hidden, weight, torch.tensor([0, label, 1])).isnan()
+
+
+def test_rms_norm_of_strided_rows_and_its_backward():
+    x, weight, gradient = values(7, 48)[:, ::2], values(24), values(24, 7).T
+    assert not x.is_contiguous()
+    expected, inverse = rms_norm.normalise_torch(x, weight, 1e-6, 0.0)
+    expected_gradients = rms_norm.normalise_backward_torch(gradient, x, weight, inverse, 0.0)
+    leaves = x.detach().requires_grad_(), weight.requires_grad_()
+    found = rms_norm.rms_norm(*leaves, 1e-6)
+    torch.testing.assert_close(found, expected, rtol=16 * EPSILON, atol=EPSILON)
+    for one, other in zip(torch.autograd.grad(found, leaves, gradient), expected_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=64 * EPSILON * max(1.0, float(other.abs().max())))

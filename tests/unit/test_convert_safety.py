@@ -1,10 +1,12 @@
 """Killed or interrupted at any point: nothing unfinished is ever published, and a second run makes it good."""
 
+import errno
 import json
 import os
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from moe_accel.convert import commands, run
 from moe_accel.convert.headers import read_header
 from moe_accel.convert.run import execute
 from moe_accel.convert.source import open_checkpoint
+from moe_accel.convert.target import _sync, _syncing
 from moe_accel.convert.verify import MismatchError
+from moe_accel.errors import CheckpointError
 from tests.unit.convert_job import (
     EXPERTS,
     LAYERS,
@@ -134,6 +138,20 @@ def test_a_whole_file_of_an_earlier_run_is_kept_only_after_a_check(source, tmp_p
         file.unlink()
         assert execute(job_of(source, target)).written == (file.name,)
         assert contents(target) == reference
+
+
+def test_a_write_lost_while_copying_is_told_though_the_sync_at_the_end_succeeds(tmp_path, monkeypatch):
+    file, lost = tmp_path / "out", threading.Event()
+    file.write_bytes(b"data")
+
+    def lose(_fd):
+        lost.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", lose)
+    with pytest.raises(CheckpointError, match=f"cannot write {file}: Input/output error"), _syncing(file):
+        assert lost.wait(60)
+    _sync(file)
 
 
 def test_ctrl_c_leaves_temporaries_and_says_how_to_go_on(source, tmp_path, reference, monkeypatch):

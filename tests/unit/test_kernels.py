@@ -76,16 +76,20 @@ COMPILED = {
 OPTIONS = {cross_entropy._softmax_gradient_kernel: {"num_warps": 16}}
 
 
-@needs_triton
-@pytest.mark.parametrize(("kernel", "types", "constants"), COMPILED.values(), ids=COMPILED)
-def test_compiles_for_sm_90_without_spills(kernel, types, constants, tmp_path):
+def compiled_for_sm_90(kernel, types, constants):
     signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS.get(kernel, {}))
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS.get(kernel, {}))
+
+
+@needs_triton
+@pytest.mark.parametrize(("kernel", "types", "constants"), COMPILED.values(), ids=COMPILED)
+def test_compiles_for_sm_90_without_spills(kernel, types, constants, tmp_path):
+    compiled = compiled_for_sm_90(kernel, types, constants)
     assert compiled.metadata.shared <= SHARED_BYTES
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
@@ -95,6 +99,14 @@ def test_compiles_for_sm_90_without_spills(kernel, types, constants, tmp_path):
     stack = re.findall(r"STACK:(\d+)", printed)
     assert stack, printed
     assert set(stack) == {"0"}, printed
+
+
+@needs_triton
+def test_the_labels_logit_is_read_before_threads_wait_for_each_other():
+    """Behind the last time they do, in the sums over the row, a faster warp may have overwritten the logit already."""
+    code = compiled_for_sm_90(*COMPILED["softmax gradient"]).asm["ttir"]
+    of_one_value = re.compile(r"tt\.load %\S+, .*: !tt\.ptr<bf16>")
+    assert 0 < of_one_value.search(code).start() < code.index('"tt.reduce"') < code.rindex("tt.store")
 
 
 CHUNKS = {"one-chunk": 1 << 30, "chunks-of-two-rows": 2 * 11 * 8, "chunks-of-one-row": 1}
