@@ -55,14 +55,14 @@ def _head(model: nn.Module) -> Any:
     return model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
 
 
-def _forward(head: Any, hidden: Tensor) -> "Tensor | DeferredLogits":
+def _forward(head: Any, input: Tensor) -> "Tensor | DeferredLogits":
     # fp16: the gradient of the logits, divided by the number of rows, is computed before backward brings a GradScaler's
     # factor; without the division, the sum over rows that is the weight's gradient could overflow.
-    fp16 = (autocast_dtype(hidden.device) or hidden.dtype) == torch.float16
+    fp16 = (autocast_dtype(input.device) or input.dtype) == torch.float16
     if head._moe_accel_defer and not fp16 and not isinstance(head.weight, DTensor):
-        operands = as_autocast(hidden, head.weight)  # as autocast is now, not where the logits are asked for
+        operands = as_autocast(input, head.weight)  # as autocast is now, not where the logits are asked for
         return DeferredLogits(*_Pass.apply(*operands))  # pyright: ignore[reportGeneralTypeIssues]
-    return functional.linear(hidden, head.weight)
+    return functional.linear(input, head.weight)
 
 
 class _Pass(torch.autograd.Function):

@@ -146,6 +146,12 @@ def test_an_error_in_a_forward_leaves_the_next_one_untouched():
     assert type(deferred.lm_head(torch.zeros(1, deferred.config.hidden_size, dtype=torch.float64))) is torch.Tensor
 
 
+def test_the_output_layer_takes_its_input_by_name():
+    model, deferred, _ = pair()
+    hidden = torch.ones(1, deferred.config.hidden_size, dtype=torch.float64)
+    assert torch.equal(deferred.lm_head(input=hidden), model.lm_head(input=hidden))
+
+
 def test_says_why_not():
     model = build_tiny("qwen3_moe", torch.float32, num_hidden_layers=1)
     model.lm_head = torch.nn.Linear(model.config.hidden_size, 64, bias=True)
