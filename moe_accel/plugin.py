@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moe_accel import block, checkpoint, experts, loss
-from moe_accel.dispatch import AllToAll, Dispatcher
+from moe_accel.dispatch import AllToAll
 from moe_accel.errors import ConfigError, DependencyError, UnsupportedModelError
 from moe_accel.hooks import wrap
 from moe_accel.mesh import check_experts
@@ -124,8 +124,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     refuse_distributed(model)
     found = experts.find_experts(model)
     check_experts(config.ep_size, [module.num_experts for _, module in found], config.dp_shard_size)
-    if config.ep_size > 1:
-        refuse_adapted_experts(model)
+    adapted = experts.install_adapters(model, found)
     checkpoint.install_on_model(accelerator, _unwrapped(model))
     absent = forget_absent_layers(_unwrapped(model))
 
@@ -133,7 +132,8 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     dispatcher = choose_dispatcher(config.dispatcher, config.ep_size)
     for _, module in found:
         transport = _transport(config, module.num_experts) if config.ep_size > 1 else None
-        experts.install(module, experts.Settings(kernels.value, transport, config.ep_size))
+        ep_rank = transport.rank if transport else 0
+        experts.install(module, experts.Settings(kernels.value, transport, config.ep_size, ep_rank))
     counts = list(experts.expert_parameter_counts(found))
     sizes = sorted({module.num_experts for _, module in found})
     return Report(
@@ -149,7 +149,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         num_expert_parameters=sum(count for count, _ in counts),
         num_trainable=sum(count for count, trainable in counts if trainable),
         notes=(
-            *(["PEFT adapters on the experts are trained"] if adapted_experts(model) else []),
+            *experts.told_of_adapters(model, found, adapted),
             *(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),
         ),
     )
@@ -210,7 +210,7 @@ def choose_dispatcher(asked: str, ep_size: int) -> Choice:
     return Choice("alltoall", "asked for" if asked == "alltoall" else "auto: it needs nothing but torch.distributed")
 
 
-def _transport(config: Any, num_experts: int) -> Dispatcher:
+def _transport(config: Any, num_experts: int) -> AllToAll:
     return AllToAll(config.sparse_mesh.get_group("ep"), num_experts // config.ep_size)
 
 
@@ -223,21 +223,6 @@ def refuse_distributed(model: nn.Module) -> None:
             f"({'distributed_config' if asked else 'its parameters are DTensors'})",
             "load it without distributed_config, tp_plan and device_map; or remove moe_config",
         )
-
-
-def refuse_adapted_experts(model: nn.Module) -> None:
-    """Raise UnsupportedModelError where PEFT adapters sit on the experts, which PEFT cannot compute when spread."""
-    for name in adapted_experts(model):
-        raise UnsupportedModelError(
-            f"{name} has a PEFT adapter (target_parameters), which cannot be trained with ep_size > 1 yet",
-            "ep_size: 1 trains it; adapters on attention (target_modules) work at any ep_size",
-        )
-
-
-def adapted_experts(model: nn.Module) -> list[str]:
-    """Names of the modules by which PEFT adapts expert parameters."""
-    named = [(name, module) for name, module in model.named_modules() if type(module).__name__ == "ParamWrapper"]
-    return [name for name, module in named if has_experts(module)]
 
 
 def forget_absent_layers(model: nn.Module) -> list[str]:

@@ -80,13 +80,17 @@ def build_tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     return model.train()
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
+def randomise(model: nn.Module, seed: int = 0, only: str = "") -> None:
     """Set every parameter, and every buffer that routes, to noise of a scale that keeps activations near 1.
+
+    With `only`, those whose names hold it.
 
     Needed because transformers starts some experts, biases and correction terms at zero, where gradients say nothing.
     A tensor's values depend on its name, its shape and the seed alone.
     """
     for name, parameter in model.named_parameters():
+        if only not in name:
+            continue
         noise = _noise(name, parameter.shape, seed)
         if parameter.ndim >= 2:
             values = noise * parameter.shape[-1] ** -0.5
@@ -94,6 +98,8 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             values = 0.1 * noise + (1.0 if "norm" in name.lower() else 0.0)
         parameter.data.copy_(values)
     for name, buffer in model.named_buffers():
+        if only not in name:
+            continue
         if buffer.is_floating_point() and "bias" in name:  # correction biases of the routers
             buffer.copy_(0.02 * _noise(name, buffer.shape, seed))
         elif not buffer.is_floating_point() and buffer.ndim == 2:  # tables from token to experts

@@ -1,5 +1,7 @@
 """What a rank computes: the experts function, the forms it takes, and the modules it applies to."""
 
+from moe_accel.experts.adapter_config import expert_lora_config, told_of_adapters
+from moe_accel.experts.adapters import install as install_adapters
 from moe_accel.experts.find import expert_parameter_counts, find_experts, is_decorated
 from moe_accel.experts.function import NAME, Settings, install, register, settings_of
 from moe_accel.experts.weights import stacked_parameters
@@ -7,11 +9,14 @@ from moe_accel.experts.weights import stacked_parameters
 __all__ = [
     "NAME",
     "Settings",
+    "expert_lora_config",
     "expert_parameter_counts",
     "find_experts",
     "install",
+    "install_adapters",
     "is_decorated",
     "register",
     "settings_of",
     "stacked_parameters",
+    "told_of_adapters",
 ]

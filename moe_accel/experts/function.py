@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_accel.dispatch import Dispatcher
+from moe_accel.experts.adapters import factors
 from moe_accel.experts.fused import fused_experts
 from moe_accel.experts.reference import reference_experts
 from moe_accel.experts.replay import Record, Records, in_backward
 from moe_accel.experts.routing import LocalRouting, sort_by_expert
 from moe_accel.experts.scale import scale_gradient
+from moe_accel.experts.weights import projections
 
 NAME = "moe_accel"
 
@@ -30,6 +32,7 @@ class Settings:
         kernels: `fused` or `reference`.
         dispatcher: transport to the other ranks' experts; None where this rank has all of them.
         ep_size: ranks that share the experts; 1 without a dispatcher.
+        ep_rank: which of them this is.
         counting: whether to count `load`.
         load: [e] int64 on the device, tokens computed by each of this rank's experts so far; None while there are none.
         records: routing of the forwards that may be recomputed.
@@ -38,13 +41,14 @@ class Settings:
     kernels: str = "fused"
     dispatcher: Dispatcher | None = None
     ep_size: int = 1
+    ep_rank: int = 0
     counting: bool = False
     load: Tensor | None = None
     records: Records = field(default_factory=Records)
 
     def __deepcopy__(self, memo: dict) -> "Settings":
         """A copied module shares the transport (process groups cannot be copied) and starts without history."""
-        return Settings(self.kernels, self.dispatcher, self.ep_size, self.counting)
+        return Settings(self.kernels, self.dispatcher, self.ep_size, self.ep_rank, self.counting)
 
 
 _DEFAULT = Settings()
@@ -116,9 +120,10 @@ def _compute(
     module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor, routing: LocalRouting | None
 ) -> Tensor:
     norm_scale = float(settings.ep_size)
+    up, down = (factors(module, name, settings.ep_rank, settings.ep_size) for name in projections(module))
     if settings.kernels == "reference" or routing is None:
-        return reference_experts(module, x, choices, weights, norm_scale)
-    return fused_experts(module, x, routing, weights, norm_scale)
+        return reference_experts(module, x, choices, weights, norm_scale, (up, down))
+    return fused_experts(module, x, routing, weights, norm_scale, (up, down))
 
 
 def _count(settings: Settings, routing: LocalRouting | None) -> None:

@@ -4,7 +4,11 @@ Between forward and backward it keeps x, the first projection's output and the r
 [P,I]: gathered rows and the second projection's input are made again. The routing weights' gradient comes from the
 second projection's input, so its output is not kept either (Guo et al., "SonicMoE", 2025).
 
-Sizes: R rows, H hidden, K top-k, e local experts, P sorted pairs, I inner.
+A low-rank adapter of a projection is computed beside it, and the two are added in fp32 where they are read: in the
+gate, and in the sum over experts. Of an adapter, the [P,r] between its factors is kept too. A frozen projection gets
+no gradient computed.
+
+Sizes: R rows, H hidden, K top-k, e local experts, P sorted pairs, I inner, r rank of an adapter.
 """
 
 from typing import Any
@@ -15,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.integrations import moe
 
+from moe_accel.experts.adapters import Factors
 from moe_accel.experts.routing import LocalRouting
 from moe_accel.experts.weights import has_post_norm
 from moe_accel.kernels.device import as_autocast
@@ -38,7 +43,15 @@ def why_not_gated(module: Any) -> str | None:
     return None
 
 
-def gated_experts(x: Tensor, up: Tensor, down: Tensor, weight_p: Tensor, routing: LocalRouting) -> Tensor:
+def gated_experts(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    weight_p: Tensor,
+    routing: LocalRouting,
+    up_factors: Factors | None = None,
+    down_factors: Factors | None = None,
+) -> Tensor:
     """Weighted sum of each row's experts.
 
     Args:
@@ -47,41 +60,80 @@ def gated_experts(x: Tensor, up: Tensor, down: Tensor, weight_p: Tensor, routing
         down: [e,I,H]; any strides.
         weight_p: [P], routing weights of the sorted pairs.
         routing: of the rows.
+        up_factors: [e,H,r] and [e,r,2I], whose product is added to up; None: nothing is.
+        down_factors: [e,I,r] and [e,r,H], likewise.
 
     Returns:
-        [R,H] in the dtype of x, differentiable once in x, up, down and weight_p.
+        [R,H] in the dtype of x, differentiable once in x, up, down, weight_p and the factors.
     """
-    operands = as_autocast(x, up, down)
+    x_, up, down = as_autocast(x, up, down)
+    factors = *(up_factors or (None, None)), *(down_factors or (None, None))
     with torch.autocast(x.device.type, enabled=False):
-        y: Any = _Gated.apply(*operands, weight_p, routing.ends, *routing.rows)
+        y: Any = _Gated.apply(x_, up, down, weight_p, *factors, routing.ends, *routing.rows)
     return y.to(x.dtype)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, up, down, weight_p, ends, sources, copies, starts) -> Tensor:
-        u = grouped_mm(gather(x, sources), up, ends)
-        y = grouped_mm(swiglu(u, weight_p), down, ends)
-        ctx.save_for_backward(x, up, down, weight_p, u, ends, sources, copies, starts)
-        return sum_copies(y, copies, starts)
+    def forward(ctx: Any, x, up, down, weight_p, up_a, up_b, down_a, down_b, ends, sources, copies, starts) -> Tensor:
+        rows = gather(x, sources)
+        u = grouped_mm(rows, up, ends)
+        up_low, u_more = _low_rank(rows, up_a, up_b, ends)
+        del rows
+        a = swiglu(u, weight_p, u_more)
+        del u_more
+        y = grouped_mm(a, down, ends)
+        down_low, y_more = _low_rank(a, down_a, down_b, ends)
+        factors = up_a, up_b, up_low, down_a, down_b, down_low
+        ctx.save_for_backward(x, up, down, weight_p, u, *factors, ends, sources, copies, starts)
+        return sum_copies(y, copies, starts, y_more)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, down, weight_p, u, ends, sources, copies, starts = ctx.saved_tensors
+        x, up, down, weight_p, u, up_a, up_b, up_low, down_a, down_b, down_low, ends, sources, copies, starts = (
+            ctx.saved_tensors
+        )
         needs_x, needs_up, needs_down, needs_weight = ctx.needs_input_grad[:4]
         y_grad = gather(gradients[0], sources)
-        u_grad, weight_grad, a = swiglu_backward(grouped_mm(y_grad, down.transpose(1, 2), ends), u, weight_p)
+        down_low_grad, a_grad_more = _low_rank(y_grad, _t(down_b), _t(down_a), ends)
+        u_more = None if up_low is None else grouped_mm(up_low, up_b, ends)
+        a_grad = grouped_mm(y_grad, _t(down), ends)
+        u_grad, weight_grad, a = swiglu_backward(a_grad, u, weight_p, a_grad_more, u_more)
+        del a_grad, a_grad_more, u_more
         down_grad = _like(down, a, y_grad, ends) if needs_down else None
+        down_factors_grad = _factors_grad(down_a, down_b, a, down_low, down_low_grad, y_grad, ends)
         del a, y_grad
-        up_grad = _like(up, gather(x, sources), u_grad, ends) if needs_up else None
-        x_grad = None
-        if needs_x:
-            x_grad = sum_copies(grouped_mm(u_grad, up.transpose(1, 2), ends), copies, starts)
-        return x_grad, up_grad, down_grad, weight_grad if needs_weight else None, None, None, None, None
+        up_low_grad, x_grad_more = _low_rank(u_grad, _t(up_b), _t(up_a) if needs_x else None, ends)
+        rows = gather(x, sources) if needs_up or up_a is not None else None
+        up_grad = _like(up, rows, u_grad, ends) if needs_up else None
+        up_factors_grad = _factors_grad(up_a, up_b, rows, up_low, up_low_grad, u_grad, ends)
+        del rows
+        x_grad = sum_copies(grouped_mm(u_grad, _t(up), ends), copies, starts, x_grad_more) if needs_x else None
+        found = x_grad, up_grad, down_grad, weight_grad if needs_weight else None
+        return *found, *up_factors_grad, *down_factors_grad, None, None, None, None
 
 
-def _like(matrices: Tensor, rows: Tensor, others: Tensor, ends: Tensor) -> Tensor:
+def _low_rank(rows: Any, a: Any, b: Any, ends: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """`rows @ a` and `rows @ a @ b` of each group; None for what has no matrix."""
+    low = None if a is None else grouped_mm(rows, a, ends)
+    return low, None if low is None or b is None else grouped_mm(low, b, ends)
+
+
+def _factors_grad(
+    a: Any, b: Any, rows: Any, low: Any, low_grad: Any, out_grad: Tensor, ends: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of an adapter's factors, from what went in, between and out."""
+    if a is None:
+        return None, None
+    return _like(a, rows, low_grad, ends), _like(b, low, out_grad, ends)
+
+
+def _t(matrices: Any) -> Any:
+    return None if matrices is None else matrices.transpose(1, 2)
+
+
+def _like(matrices: Tensor, rows: Any, others: Tensor, ends: Tensor) -> Tensor:
     """The gradient `rows.T @ others` of each group, in the strides of `matrices`, so that nobody copies it."""
     if matrices.stride(-1) == 1:
         return grouped_outer(rows, others, ends)

@@ -22,12 +22,17 @@ def stacked_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def up_weight(module: Any) -> tuple[Tensor, Tensor | None]:
     """First projection [e,H,U] and its bias [e,U] or None."""
-    return _linear(module, "gate_up_proj" if module.has_gate else "up_proj")
+    return _linear(module, projections(module)[0])
 
 
 def down_weight(module: Any) -> tuple[Tensor, Tensor | None]:
     """Second projection [e,I,H] and its bias [e,H] or None."""
-    return _linear(module, "down_proj")
+    return _linear(module, projections(module)[1])
+
+
+def projections(module: Any) -> tuple[str, str]:
+    """Names of the parameters of a module's two projections."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
 
 
 def _linear(module: Any, name: str) -> tuple[Tensor, Tensor | None]:

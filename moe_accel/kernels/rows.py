@@ -35,17 +35,22 @@ def gather_rows(x: Tensor, rows: RowMap) -> Tensor:
     return _Rows.apply(x, *rows, True)  # pyright: ignore[reportReturnType]
 
 
-def sum_rows(y: Tensor, rows: RowMap) -> Tensor:
-    """Sum the copies of each source row: y [P,H] -> [N,H], zeros where a row has no copy. Differentiable once, in y."""
-    return _Rows.apply(y, *rows, False)  # pyright: ignore[reportReturnType]
+def sum_rows(y: Tensor, rows: RowMap, y_more: Tensor | None = None) -> Tensor:
+    """Sum the copies of each source row: y [P,H] -> [N,H], zeros where a row has no copy. Differentiable once, in y.
+
+    y_more [P,H] is added in the sum, before it is rounded.
+    """
+    return _Rows.apply(y, *rows, False, y_more)  # pyright: ignore[reportReturnType]
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, sources: Tensor, copies: Tensor, starts: Tensor, is_gather: bool) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, sources: Tensor, copies: Tensor, starts: Tensor, is_gather: bool, more: Any = None
+    ) -> Tensor:
         ctx.save_for_backward(sources, copies, starts)
-        ctx.is_gather = is_gather
-        return gather(values, sources) if is_gather else sum_copies(values, copies, starts)
+        ctx.is_gather, ctx.has_more = is_gather, more is not None
+        return gather(values, sources) if is_gather else sum_copies(values, copies, starts, more)
 
     @staticmethod
     @once_differentiable
@@ -53,7 +58,7 @@ class _Rows(torch.autograd.Function):
         sources, copies, starts = ctx.saved_tensors
         (gradient,) = gradients
         gradient = sum_copies(gradient, copies, starts) if ctx.is_gather else gather(gradient, sources)
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, gradient if ctx.has_more else None
 
 
 def gather(values: Tensor, sources: Tensor) -> Tensor:
@@ -61,34 +66,54 @@ def gather(values: Tensor, sources: Tensor) -> Tensor:
     return values.index_select(0, sources)
 
 
-def sum_copies(values: Tensor, copies: Tensor, starts: Tensor) -> Tensor:
+def sum_copies(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | None = None) -> Tensor:
     """values [P,H] -> [N,H], as `sum_torch`. Not differentiable: see `sum_rows`."""
     if use_triton(values):
-        return sum_triton(values.contiguous(), copies, starts)
-    return sum_torch(values.contiguous(), copies, starts)
+        return sum_triton(values.contiguous(), copies, starts, more)
+    return sum_torch(values.contiguous(), copies, starts, more)
 
 
-def sum_torch(values: Tensor, copies: Tensor, starts: Tensor) -> Tensor:
-    """The definition: values [P,H] -> [N,H], row n the sum of `values[copies[starts[n]:starts[n + 1]]]`."""
+def sum_torch(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | None = None) -> Tensor:
+    """The definition: values [P,H] -> [N,H], row n the sum of `values[copies[starts[n]:starts[n + 1]]]`.
+
+    more [P,H] is summed likewise; the two sums are added before they are rounded.
+    """
     if starts.numel() == 0:  # embedding_bag insists on one bag at least
         return values.new_zeros(0, values.shape[1])
+    if more is not None:
+        exact = torch.promote_types(values.dtype, torch.float32)
+        return sum_torch(values.to(exact) + more.to(exact), copies, starts).to(values.dtype)
     return torch.embedding_bag(values, copies, starts, mode=0)[0]
 
 
 COLUMNS, COPIES = 1024, 8  # of a tile; 8 copies of 16,384 rows of 2048, one H100: see tests/gpu/results
 
 
-def sum_triton(values: Tensor, copies: Tensor, starts: Tensor) -> Tensor:
+def sum_triton(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | None = None) -> Tensor:
     """`sum_torch` as a kernel: each program sums the copies of one row, in their order, in fp32."""
     (num_pairs, width), num_rows = values.shape, starts.numel()
     out = values.new_empty(num_rows, width)
     grid = num_rows, -(-width // COLUMNS)
-    launch(_sum_kernel, grid, values, copies, starts, out, num_rows, num_pairs, width, COPIES=COPIES, COLUMNS=COLUMNS)
+    tensors = values, values if more is None else more.contiguous(), copies, starts, out
+    constants = {"HAS_MORE": more is not None, "COPIES": COPIES, "COLUMNS": COLUMNS}
+    launch(_sum_kernel, grid, *tensors, num_rows, num_pairs, width, **constants)
     return out
 
 
 @triton.jit
-def _sum_kernel(values, copies, starts, out, num_rows, num_pairs, width, COPIES: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_kernel(
+    values,
+    more,
+    copies,
+    starts,
+    out,
+    num_rows,
+    num_pairs,
+    width,
+    HAS_MORE: tl.constexpr,
+    COPIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
@@ -98,9 +123,11 @@ def _sum_kernel(values, copies, starts, out, num_rows, num_pairs, width, COPIES:
     while start < end:
         at = start + tl.arange(0, COPIES)
         copy = tl.load(copies + at, mask=at < end, other=0)
-        tile = tl.load(
-            values + copy[:, None] * width + columns[None, :], mask=(at < end)[:, None] & inside[None, :], other=0.0
-        )
-        total += tl.sum(tile.to(tl.float32), 0)
+        place = copy[:, None] * width + columns[None, :]
+        within = (at < end)[:, None] & inside[None, :]
+        tile = tl.load(values + place, mask=within, other=0.0).to(tl.float32)
+        if HAS_MORE:
+            tile += tl.load(more + place, mask=within, other=0.0).to(tl.float32)
+        total += tl.sum(tile, 0)
         start += COPIES
     tl.store(out + row * width + columns, total.to(out.dtype.element_ty), mask=inside)

@@ -7,6 +7,9 @@ backward   from the gradient of a: those of gate and up, of weight (summed over 
 silu(g) = g * sigmoid(g); its derivative is sigmoid(g) * (1 + g * (1 - sigmoid(g))). Shazeer, "GLU Variants Improve
 Transformer" (2020). All arithmetic is in fp32, each result is rounded once; native rounds after every operation.
 
+A second part of u, and of the gradient, is added where it is read: what a low-rank adapter contributes comes apart,
+because added to u in bf16 it would be rounded away wherever it is smaller than half a unit in u's last place.
+
 Sizes: P rows, I inner; u holds gate [:, :I] and up [:, I:].
 """
 
@@ -18,48 +21,61 @@ from moe_accel.kernels.device import launch, tl, triton, use_triton
 COLUMNS = 1024  # of a tile
 
 
-def swiglu(u: Tensor, weight: Tensor) -> Tensor:
-    """`silu(gate) * up * weight`: u [P,2I], weight [P] -> [P,I] in the dtype of u."""
+def swiglu(u: Tensor, weight: Tensor, u_more: Tensor | None = None) -> Tensor:
+    """`silu(gate) * up * weight` of u + u_more: u [P,2I], weight [P], u_more [P,2I] -> [P,I] in the dtype of u."""
     if not use_triton(u):
-        return swiglu_torch(u, weight)
+        return swiglu_torch(u, weight, u_more)
     num_rows, inner = u.shape[0], u.shape[1] // 2
     out = u.new_empty(num_rows, inner)
-    launch(_forward_kernel, (num_rows,), u.contiguous(), weight.contiguous(), out, inner=inner, COLUMNS=COLUMNS)
+    tensors = u.contiguous(), _or(u_more, u), weight.contiguous(), out
+    launch(_forward_kernel, (num_rows,), *tensors, HAS_MORE=u_more is not None, inner=inner, COLUMNS=COLUMNS)
     return out
 
 
-def swiglu_backward(gradient: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_backward(
+    gradient: Tensor, u: Tensor, weight: Tensor, gradient_more: Tensor | None = None, u_more: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `swiglu`, and its output again.
 
     Args:
         gradient: [P,I], of the output.
         u: [P,2I], as in forward.
         weight: [P], as in forward.
+        gradient_more: [P,I], what is added to the gradient.
+        u_more: [P,2I], as in forward.
 
     Returns:
-        gradient of u [P,2I] in its dtype, gradient of weight [P] in its dtype, and `swiglu(u, weight)` [P,I].
+        gradient of u [P,2I] in its dtype, gradient of weight [P] in its dtype, and `swiglu(u, weight, u_more)` [P,I].
     """
     if not use_triton(u):
-        return swiglu_backward_torch(gradient, u, weight)
+        return swiglu_backward_torch(gradient, u, weight, gradient_more, u_more)
     num_rows, inner = gradient.shape
     gradient, u, weight = gradient.contiguous(), u.contiguous(), weight.contiguous()
     u_grad, weight_grad, out = torch.empty_like(u), torch.empty_like(weight), torch.empty_like(gradient)
-    tensors = gradient, u, weight, u_grad, weight_grad, out
-    launch(_backward_kernel, (num_rows,), *tensors, inner=inner, COLUMNS=COLUMNS)
+    tensors = gradient, _or(gradient_more, gradient), u, _or(u_more, u), weight, u_grad, weight_grad, out
+    has = {"HAS_GRADIENT_MORE": gradient_more is not None, "HAS_MORE": u_more is not None}
+    launch(_backward_kernel, (num_rows,), *tensors, **has, inner=inner, COLUMNS=COLUMNS)
     return u_grad, weight_grad, out
 
 
-def swiglu_torch(u: Tensor, weight: Tensor) -> Tensor:
+def _or(more: Tensor | None, instead: Tensor) -> Tensor:
+    return instead if more is None else more.contiguous()
+
+
+def swiglu_torch(u: Tensor, weight: Tensor, u_more: Tensor | None = None) -> Tensor:
     """The definition of `swiglu`."""
     exact = torch.promote_types(u.dtype, torch.float32)
-    gate, up = u.to(exact).chunk(2, 1)
+    gate, up = _sum(u, u_more, exact).chunk(2, 1)
     return (gate * gate.sigmoid() * up * weight.to(exact)[:, None]).to(u.dtype)
 
 
-def swiglu_backward_torch(gradient: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_backward_torch(
+    gradient: Tensor, u: Tensor, weight: Tensor, gradient_more: Tensor | None = None, u_more: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of `swiglu_backward`."""
     exact = torch.promote_types(u.dtype, torch.float32)
-    (gate, up), gradient, scale = u.to(exact).chunk(2, 1), gradient.to(exact), weight.to(exact)[:, None]
+    (gate, up), scale = _sum(u, u_more, exact).chunk(2, 1), weight.to(exact)[:, None]
+    gradient = _sum(gradient, gradient_more, exact)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
     weighted = gradient * scale
@@ -68,30 +84,55 @@ def swiglu_backward_torch(gradient: Tensor, u: Tensor, weight: Tensor) -> tuple[
     return u_grad, (gradient * silu * up).sum(1).to(weight.dtype), (silu * up * scale).to(u.dtype)
 
 
+def _sum(values: Tensor, more: Tensor | None, exact: torch.dtype) -> Tensor:
+    return values.to(exact) if more is None else values.to(exact) + more.to(exact)
+
+
 @triton.jit
-def _forward_kernel(u, weight, out, inner: tl.constexpr, COLUMNS: tl.constexpr):
+def _load(values, more, at, inside, HAS_MORE: tl.constexpr):
+    found = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_MORE:
+        found += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+    return found
+
+
+@triton.jit
+def _forward_kernel(u, u_more, weight, out, HAS_MORE: tl.constexpr, inner: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(weight + row).to(tl.float32)
     for first in range(0, inner, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = column < inner
-        gate = tl.load(u + row * 2 * inner + column, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(u + row * 2 * inner + inner + column, mask=inside, other=0.0).to(tl.float32)
+        gate = _load(u, u_more, row * 2 * inner + column, inside, HAS_MORE)
+        up = _load(u, u_more, row * 2 * inner + inner + column, inside, HAS_MORE)
         value = gate * tl.sigmoid(gate) * up * scale
         tl.store(out + row * inner + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward_kernel(gradient, u, weight, u_grad, weight_grad, out, inner: tl.constexpr, COLUMNS: tl.constexpr):
+def _backward_kernel(
+    gradient,
+    gradient_more,
+    u,
+    u_more,
+    weight,
+    u_grad,
+    weight_grad,
+    out,
+    HAS_GRADIENT_MORE: tl.constexpr,
+    HAS_MORE: tl.constexpr,
+    inner: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(weight + row).to(tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, inner, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = column < inner
-        gate = tl.load(u + row * 2 * inner + column, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(u + row * 2 * inner + inner + column, mask=inside, other=0.0).to(tl.float32)
-        of_out = tl.load(gradient + row * inner + column, mask=inside, other=0.0).to(tl.float32)
+        gate = _load(u, u_more, row * 2 * inner + column, inside, HAS_MORE)
+        up = _load(u, u_more, row * 2 * inner + inner + column, inside, HAS_MORE)
+        of_out = _load(gradient, gradient_more, row * inner + column, inside, HAS_GRADIENT_MORE)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         weighted = of_out * scale

@@ -153,3 +153,42 @@ def test_without_resharding_after_forward():
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
 def test_with_kernels_asked_for(kernels):
     assert_parity(FREE, 2, moe_config={"kernels": kernels})
+
+
+LORA = (
+    ("r", 3),
+    ("lora_alpha", 7),
+    ("target_modules", ("q_proj", "o_proj")),
+    ("target_parameters", ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
+)
+WITH_LORA = Job(lora=LORA)
+LORA_EMPTY_EXPERTS = dataclasses.replace(EMPTY_EXPERTS, lora=LORA)
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 4], ids=["ep1", "ep2", "ep4"])
+@pytest.mark.parametrize("recompute", ["false", "true"], ids=["plain", "checkpointing"])
+def test_with_peft_adapters_on_the_experts(ep_size, recompute):
+    """Against PEFT's own computation in one process."""
+    assert_parity(WITH_LORA, ep_size, {"FSDP_ACTIVATION_CHECKPOINTING": recompute})
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        dataclasses.replace(UNEVEN, lora=LORA),
+        dataclasses.replace(ACCUMULATE, lora=LORA),
+        LORA_EMPTY_EXPERTS,
+        Job("gpt_oss", lora=LORA),
+    ],
+    ids=["uneven", "accumulate2", "empty-experts", "gpt-oss"],
+)
+def test_with_peft_adapters_on_the_experts_and_more(job):
+    assert_parity(job, 2)
+
+
+def test_with_peft_adapters_and_the_reference_kernels():
+    assert_parity(WITH_LORA, 2, moe_config={"kernels": "reference"})
+
+
+def test_with_peft_adapters_and_two_replicas():
+    assert_parity(WITH_LORA, 2, moe_config={"dp_replicate_size": 2})

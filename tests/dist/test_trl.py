@@ -1,10 +1,13 @@
 """TRL's SFTTrainer on ranks, with the aux loss that is its default: same as on stock FSDP2, resumed, and with LoRA."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.dist.ranks import run_alone
 from tests.dist.test_resume import EP2, EP4, STOCK, TWO_RANKS
@@ -17,7 +20,6 @@ from tests.dist.trainer_runs import (
     assert_same_fit,
     cached,
     different,
-    failures,
     fit_on_ranks,
     watch_training,
 )
@@ -153,8 +155,24 @@ def test_lora_on_attention_resumes_at_another_ep_size(trained, tmp_path, kind):
     assert_same_fit(tried, truth, resumed=True)
 
 
-def test_lora_on_experts_is_refused_at_ep_2(tmp_path):
-    for name, message in failures(TWO_RANKS, "FULL", sft, folder=tmp_path, lora=EXPERTS):
-        assert name == "UnsupportedModelError"
-        assert "base_model.model.model.layers.0.mlp.experts has a PEFT adapter (target_parameters)" in message
-        assert "hint: ep_size: 1 trains it; adapters on attention (target_modules) work at any ep_size" in message
+@pytest.mark.parametrize(("ours", "stock"), [(TWO_RANKS, STOCK_ON_2), slow(EP4, STOCK)], ids=str)
+def test_lora_on_experts_trains_as_stock_fsdp2_and_saves_the_same_files(trained, tmp_path, ours, stock):
+    """The same bits but for the rounding of three steps: names, shapes, dtypes and config of the adapter are PEFT's."""
+    fits, files = [], []
+    for layout, name in ((ours, "ours"), (stock, "stock")):
+        fits.append(fit_on_ranks(layout, "FULL", sft, folder=tmp_path, lora=EXPERTS, save_as=tmp_path / name))
+        files.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert_same_fit(*fits)
+    assert files[0].keys() == files[1].keys()
+    for name, expected in files[1].items():
+        assert files[0][name].dtype == expected.dtype, name
+        torch.testing.assert_close(files[0][name], expected, rtol=0, atol=1e-4, msg=name)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "stock")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("kind", ["FULL", pytest.param("SHARDED", marks=pytest.mark.slow)])
+def test_lora_on_experts_resumes_at_another_ep_size(trained, tmp_path, kind):
+    truth, folder = trained(TWO_RANKS, kind, lora=EXPERTS)
+    how = {"lora": EXPERTS, "seed": 1, "resume_from": folder / CHECKPOINT}
+    assert_same_fit(fit_on_ranks(EP1_ON_2, kind, sft, folder=tmp_path, **how), truth, resumed=True)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tests.dist.ranks import run_alone
-from tests.families import build_tiny, experts_modules, model_class, tiny_inputs, tiny_loss
+from tests.families import build_tiny, experts_modules, model_class, randomise, tiny_inputs, tiny_loss
 
 NUM_RANKS = 4
 NUM_SEQUENCES = 2
@@ -45,6 +45,7 @@ class Job:
         forwards: micro-batches that go forward before their losses go backward together.
         trainable: regular expression of the names of the parameters that are trained.
         dtype: of the weights before `prepare`.
+        lora: arguments of a PEFT LoraConfig, as (name, value) pairs; None: no adapters.
     """
 
     family: str = "qwen3_moe"
@@ -56,6 +57,7 @@ class Job:
     forwards: int = 1
     trainable: str = ""
     dtype: str = "float32"
+    lora: tuple[tuple[str, Any], ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +94,21 @@ def initial_model(job: Job) -> Any:
     model = build_tiny(job.family, getattr(torch, job.dtype), **overrides)
     if job.routing != "free":
         _steer(model, job.routing)
+    if job.lora is not None:
+        return _with_adapters(model, job.lora)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(re.search(job.trainable, name) is not None)
     return model
+
+
+def _with_adapters(model: Any, lora: tuple[tuple[str, Any], ...]) -> Any:
+    """The model in PEFT's hands, adapters full of noise: both factors have a gradient from the first step on."""
+    from peft import LoraConfig, get_peft_model
+
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in lora}
+    adapted = get_peft_model(model, LoraConfig(**given))
+    randomise(adapted, seed=7, only="lora_")
+    return adapted
 
 
 @torch.no_grad()
@@ -232,7 +246,7 @@ def on_ranks(
 def _experts_of(model: nn.Module) -> tuple[str, tuple[str, ...]]:
     """Name of the experts function, and dimensions of the mesh that the first expert weight is spread over."""
     for _, module in experts_modules(model):
-        mesh = next(module.parameters()).device_mesh
+        mesh = module.down_proj.device_mesh
         return module.config._experts_implementation, mesh.mesh_dim_names or ()
     return "none", ()
 

@@ -27,18 +27,22 @@ def test_sum_of_copies(counts, width):
     if total == 0:
         assert not rows.sum_copies(x, copies, starts).any()
         return
-    found = rows.sum_triton(x, copies, starts)
-    # sums of up to 17 values near 1, in another order: 17 roundings
-    torch.testing.assert_close(found, rows.sum_torch(x, copies, starts), rtol=0, atol=17 * 4 * EPSILON)
+    for more in (None, x.cos()):
+        found, expected = rows.sum_triton(x, copies, starts, more), rows.sum_torch(x, copies, starts, more)
+        # sums of up to 17 values near 1, in another order: 17 roundings
+        torch.testing.assert_close(found, expected, rtol=0, atol=17 * 4 * EPSILON)
 
 
 @pytest.mark.parametrize("inner", [1, 40, 1024, 1032])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
-def test_swiglu_and_its_backward(inner, weight_dtype):
+@pytest.mark.parametrize("of_two", [False, True])
+def test_swiglu_and_its_backward(inner, weight_dtype, of_two):
     u, gradient, weight = values(5, 2 * inner), values(5, inner), values(5).to(weight_dtype)
-    torch.testing.assert_close(swiglu.swiglu(u, weight), swiglu.swiglu_torch(u, weight), rtol=8 * EPSILON, atol=EPSILON)
-    found = swiglu.swiglu_backward(gradient, u, weight)
-    expected = swiglu.swiglu_backward_torch(gradient, u, weight)
+    more, gradient_more = (u.cos(), gradient.cos()) if of_two else (None, None)
+    expected = swiglu.swiglu_torch(u, weight, more)
+    torch.testing.assert_close(swiglu.swiglu(u, weight, more), expected, rtol=8 * EPSILON, atol=2 * EPSILON)
+    found = swiglu.swiglu_backward(gradient, u, weight, gradient_more, more)
+    expected = swiglu.swiglu_backward_torch(gradient, u, weight, gradient_more, more)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         # sums over `inner` products near 1: as many roundings at worst, their square root in fact

@@ -29,11 +29,14 @@ def test_kernels_equal_their_plain_forms_on_the_interpreter():
     assert int(num_passed[1]) >= 25
 
 
-def test_the_definition_of_swiglu_has_the_gradient_of_finite_differences():
+@pytest.mark.parametrize("of_two", [False, True])
+def test_the_definition_of_swiglu_has_the_gradient_of_finite_differences(of_two):
     u, weight = _values(3, 8).requires_grad_(), _values(3).requires_grad_()
     gradient = _values(3, 4)
-    expected = torch.autograd.grad(swiglu.swiglu_torch(u, weight), (u, weight), gradient)
-    found = swiglu.swiglu_backward_torch(gradient, u.detach(), weight.detach())[:2]
+    more, gradient_more = (torch.cos(u.detach()), torch.cos(gradient)) if of_two else (None, None)
+    of_both = gradient if gradient_more is None else gradient + gradient_more
+    expected = torch.autograd.grad(swiglu.swiglu_torch(u, weight, more), (u, weight), of_both)
+    found = swiglu.swiglu_backward_torch(gradient, u.detach(), weight.detach(), gradient_more, more)[:2]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -43,7 +46,14 @@ def _values(*shape):
 
 
 COMPILED = {
-    "sum": (rows._sum_kernel, ["*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32"], {"COPIES": 8, "COLUMNS": 1024}),
+    **{
+        f"sum{name}": (
+            rows._sum_kernel,
+            ["*bf16", "*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32"],
+            {"HAS_MORE": more, "COPIES": 8, "COLUMNS": 1024},
+        )
+        for name, more in (("", False), (" of two", True))
+    },
     "softmax gradient": (
         cross_entropy._softmax_gradient_kernel,
         ["*bf16", "*i64", "*fp32", "*fp32"],
@@ -64,12 +74,22 @@ COMPILED = {
         ["*bf16"] * 4 + ["i64"] * 9,
         {"BACKWARD": True, "num_heads": 32, "half": 64, "HEADS": 32, "HALF": 64},
     ),
-    "swiglu": (swiglu._forward_kernel, ["*bf16", "*fp32", "*bf16"], {"inner": 768, "COLUMNS": 1024}),
-    "swiglu backward": (
-        swiglu._backward_kernel,
-        ["*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "*bf16"],
-        {"inner": 768, "COLUMNS": 1024},
-    ),
+    **{
+        f"swiglu{name}": (
+            swiglu._forward_kernel,
+            ["*bf16", "*bf16", "*fp32", "*bf16"],
+            {"HAS_MORE": more, "inner": 768, "COLUMNS": 1024},
+        )
+        for name, more in (("", False), (" of two", True))
+    },
+    **{
+        f"swiglu backward{name}": (
+            swiglu._backward_kernel,
+            ["*bf16", "*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "*bf16"],
+            {"HAS_GRADIENT_MORE": more, "HAS_MORE": more, "inner": 768, "COLUMNS": 1024},
+        )
+        for name, more in (("", False), (" of two", True))
+    },
 }
 
 

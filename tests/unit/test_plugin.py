@@ -256,20 +256,6 @@ def expert_parallel(ep_size):
     return SimpleNamespace(parallelism_config=config, device=torch.device("cpu"))
 
 
-def test_peft_adapters_on_experts_are_refused_with_expert_parallelism():
-    with pytest.raises(UnsupportedModelError) as error:
-        plugin.swap_experts(expert_parallel(2), with_adapters(**ON_EXPERTS))
-    assert told(error) == (
-        "base_model.model.model.layers.0.mlp.experts has a PEFT adapter (target_parameters), "
-        "which cannot be trained with ep_size > 1 yet",
-        "ep_size: 1 trains it; adapters on attention (target_modules) work at any ep_size",
-    )
-
-
-def test_peft_adapters_on_attention_are_not_refused_with_expert_parallelism():
-    assert plugin.refuse_adapted_experts(with_adapters(**ON_ATTENTION)) is None
-
-
 def test_experts_that_do_not_split_over_the_ep_ranks_are_refused():
     model = build_tiny("qwen3_moe", num_experts=6)
     with pytest.raises(ConfigError) as error:

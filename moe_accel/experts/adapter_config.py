@@ -1,0 +1,181 @@
+"""Which parameters of a model LoRA is to reach: a `LoraConfig` for any family, and a check of somebody else's.
+
+PEFT's `target_modules` reach `nn.Linear` only. Stacked experts are plain parameters: `target_parameters` reach them. A
+name that reaches nothing is passed over by PEFT as long as another one reaches something.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from moe_accel.errors import UnsupportedModelError
+from moe_accel.experts.adapters import Adapted
+from moe_accel.experts.find import find_experts
+from moe_accel.experts.weights import projections
+from moe_accel.report import short
+
+NOT_ATTENTION = ("norm.", "hyper_connection.", "indexer.")
+"""Parts of a layer with linear layers that mix no tokens, or choose which are mixed: small, and left alone."""
+HINT = "peft_config = moe_accel.expert_lora_config(model, r=16) names what this model has"
+
+
+def expert_lora_config(
+    model: nn.Module,
+    r: int = 16,
+    *,
+    experts: bool = True,
+    attention: bool = True,
+    shared_experts: bool = True,
+    router: bool = False,
+    **options: Any,
+) -> Any:
+    """A PEFT `LoraConfig` for a mixture of experts of transformers.
+
+    Args:
+        model: not yet wrapped by PEFT.
+        r: rank, of each expert's adapter too.
+        experts: adapt the routed experts.
+        attention: adapt the linear layers of attention (or whatever mixes tokens) and of dense layers between.
+        shared_experts: adapt what every token passes through beside the routed experts.
+        router: adapt the router as well. Fine-tuning seldom gains by it.
+        options: of `LoraConfig`; `lora_alpha` is 2 r where not given, `task_type` is CAUSAL_LM.
+
+    Raises:
+        UnsupportedModelError: the model has no experts that can be adapted, or nothing is asked for.
+    """
+    from peft import LoraConfig
+
+    found = find_experts(model)
+    wanted = {"attention": attention, "shared_experts": shared_experts, "router": router}
+    linear = [name for kind, name in _linear_layers(model, found) if wanted[kind]]
+    modules = _short([name for name in linear if not _renamed(name)], [name for name, _ in model.named_modules()])
+    parameters = [f"{name}.weight" for name in linear if _renamed(name)]
+    if router:
+        parameters += [f"{name}.weight" for name in _routers(model, found) if name not in linear]
+    if experts:
+        parameters += [f"{name}.{each}" for name, module in found for each in projections(module)]
+    parameters = _short(parameters, [name for name, _ in model.named_parameters(remove_duplicate=False)])
+    if not parameters and not modules:
+        raise UnsupportedModelError(f"{type(model).__name__}: nothing of what was asked for can have an adapter", HINT)
+    given = {"lora_alpha": 2 * r} | options
+    if hasattr(model, "prepare_inputs_for_generation"):
+        given = {"task_type": "CAUSAL_LM"} | given
+    return LoraConfig(r=r, target_modules=modules, target_parameters=parameters or None, **given)  # pyright: ignore
+
+
+def _renamed(name: str) -> bool:
+    """Whether PEFT 0.21 would take a target of this name for an expert's projection of the time before experts were
+    stacked, and adapt the stack instead. As a parameter, `name.weight`, it is left alone."""
+    return name.rpartition(".")[2] in ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+
+
+def _short(names: list[str], all_names: list[str]) -> list[str]:
+    """The names within their layers, `mlp.experts.down_proj`, where PEFT finds no other by these; else whole names."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        found.setdefault(_in_layer(name), set()).add(name)
+    reached = {path: {each for each in all_names if f".{each}".endswith(f".{path}")} for path in found}
+    return sorted({short for path, of in found.items() for short in ([path] if reached[path] == of else of)})
+
+
+def _in_layer(name: str) -> str:
+    """A module's name from its layer's number on: `model.layers.3.mlp.experts` -> `mlp.experts`."""
+    return re.split(r"(?:^|\.)\d+\.", name)[-1]
+
+
+def _linear_layers(model: nn.Module, experts: list[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
+    """(`attention`, `shared_experts` or `router`, name) of the linear layers of layers with experts.
+
+    A layer is what lies under a number in a list that also holds experts. What stands beside the experts in their
+    parent is the router where it is called so or has one row for each expert, and a shared expert else; what gates it
+    with one output is neither.
+    """
+    lists = {re.sub(r"\d+\.(?!.*\d+\.).*", "", name) for name, _ in experts}
+    parents = {name.rpartition(".")[0]: module.num_experts for name, module in experts}
+    for name, module in model.named_modules():
+        in_layer = any(each and name.startswith(each) for each in lists)
+        if type(module).forward is not nn.Linear.forward or not in_layer or any(part in name for part in NOT_ATTENTION):
+            continue
+        if any(name.startswith(f"{each}.") for each, _ in experts):
+            continue
+        parent = next((each for each in parents if name.startswith(f"{each}.")), None)
+        if parent is None:
+            if not (name.endswith("out_proj") and hasattr(model.get_submodule(name.rpartition(".")[0]), "conv1d")):
+                yield "attention", name  # PEFT refuses Mamba's: a fused kernel reads its weight
+            continue
+        child = name.removeprefix(f"{parent}.").split(".")[0]
+        if child in ("gate", "router") or parents[parent] in _rows(model.get_submodule(f"{parent}.{child}")):
+            yield "router", name
+        elif module.out_features > 1:
+            yield "shared_experts", name
+
+
+def _rows(module: nn.Module) -> set[int]:
+    return {parameter.shape[0] for parameter in module.parameters() if parameter.ndim == 2}
+
+
+def _routers(model: nn.Module, experts: list[tuple[str, Any]]) -> Iterator[str]:
+    """Names of the modules whose weight has one row for each expert, beside the experts."""
+    for name, module in experts:
+        parent = name.rpartition(".")[0]
+        for own, each in model.get_submodule(parent).named_modules():
+            weight = each._parameters.get("weight")
+            if weight is not None and weight.ndim == 2 and weight.shape[0] == module.num_experts:
+                yield f"{parent}.{own}"
+
+
+def told_of_adapters(model: nn.Module, experts: list[tuple[str, Any]], adapted: list[Adapted]) -> list[str]:
+    """Lines for the report: how many experts of how many layers are adapted.
+
+    Raises:
+        UnsupportedModelError: adapters were asked for on experts, and some experts have none that is trained.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict) or not configs:
+        return []
+    for adapter, config in configs.items():
+        _refuse_unreached(model, experts, adapter, config)
+    frozen = [each.name for each in adapted if not each.trainable]
+    if frozen and any(parameter.requires_grad for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"{frozen[0]}: its adapters are frozen, while other parameters of the model are trained",
+            "PeftModel.from_pretrained(..., is_trainable=True), or model.set_adapter(name)",
+        )
+    if not adapted:
+        return ["no adapter on the routed experts; moe_accel.expert_lora_config(model) makes a LoraConfig with them"]
+    ranks = {
+        f"{parameter} r {rank}" for each in adapted for parameter, of in each.ranks.items() for rank in of.values()
+    }
+    counts = " or ".join(map(str, sorted({each.num_experts for each in adapted})))
+    size = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.requires_grad)
+    said = f"LoRA on {counts} experts of {len(adapted)} of {len(experts)} layers: {', '.join(sorted(ranks))}; "
+    return [f"{said}{short(size)} parameters of all adapters are trained"]
+
+
+def _refuse_unreached(model: nn.Module, experts: list[tuple[str, Any]], adapter: str, config: Any) -> None:
+    names = [_plain(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    reached = {f"{_plain(name)}.{each}" for name, module in experts for each in projections(module)}
+    for target in getattr(config, "target_parameters", None) or ():
+        of_experts = [name for name in reached if name == target or name.endswith(f".{target}")]
+        others = any(name == target or name.endswith(f".{target}") for name in names)
+        if not of_experts and not others:
+            raise UnsupportedModelError(
+                f"adapter {adapter!r}: target_parameters names {target!r}, which no parameter of the model is called",
+                HINT,
+            )
+    targets = getattr(config, "target_modules", None) or ()
+    asked = [each for each in ([targets] if isinstance(targets, str) else targets) if "experts" in each]
+    asked = [each for each in asked if "shared_experts" not in each]
+    if asked and not getattr(config, "target_parameters", None):
+        raise UnsupportedModelError(
+            f"adapter {adapter!r}: target_modules names {sorted(asked)[0]!r}, but the routed experts of this model are "
+            "stacked parameters, which target_modules does not reach: they would stay as they are",
+            HINT,
+        )
+
+
+def _plain(name: str) -> str:
+    """A name as it was before PEFT wrapped what it names."""
+    return name.replace(".base_layer", "").removeprefix("base_model.model.")

@@ -1,0 +1,134 @@
+"""PEFT LoRA on the experts, without ever building a weight with its adapter in it.
+
+PEFT targets an expert parameter by a `ParamWrapper` around the experts module, one per parameter. Its forward adds
+`s * B @ A` to the parameter of every expert, calls the module, and takes it off again: a copy of all experts, and the
+gradient of all of it, however few tokens there are (1.2 GB a layer of Qwen3-30B-A3B each, bf16). Here that one method
+is replaced by a note on the experts module, and the experts function multiplies rows by A, then by B. What is active,
+disabled or merged stays PEFT's business, and so do the parameters, their names and their files.
+
+PEFT's shapes, of E experts: `lora_A.weight` [E * r, in], expert by expert; `lora_B.weight` [out, r * E], expert last.
+
+Sizes: E experts, e experts of this rank, r rank (of all active adapters together).
+"""
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_accel.errors import UnsupportedModelError
+from moe_accel.experts.scale import scale_gradient
+from moe_accel.experts.weights import projections
+from moe_accel.kernels.device import autocast_dtype
+
+Factors = tuple[Tensor, Tensor]
+"""A [e,in,r] and B [e,r,out]: rows of an expert times its A times its B is what its adapters add. Scaling is in B."""
+
+ALIGNED = 8
+"""Ranks are padded to a multiple: grouped GEMMs of bf16 want rows of 16 bytes."""
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The adapters on one experts module.
+
+    Attributes:
+        name: of the module.
+        num_experts: routed experts that they adapt.
+        ranks: parameter name -> adapter name -> rank.
+        trainable: whether any of their parameters requires a gradient.
+    """
+
+    name: str
+    num_experts: int
+    ranks: dict[str, dict[str, int]]
+    trainable: bool
+
+
+def install(model: nn.Module, experts: list[tuple[str, Any]]) -> list[Adapted]:
+    """Let the adapters on `experts` be computed by the experts function.
+
+    Raises:
+        UnsupportedModelError: an adapter is of a kind that the experts function does not compute, or was asked for on
+            experts that have none.
+    """
+    names = {id(module): name for name, module in experts}
+    found: dict[str, Adapted] = {}
+    wrappers: list[Any] = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
+    for each in wrappers:
+        base = each.get_base_layer()
+        if id(base) not in names:
+            continue
+        _refuse(names[id(base)], base, each)
+        each._activate_lora = types.MethodType(_note, each)
+        trains = any(parameter.requires_grad for part in (each.lora_A, each.lora_B) for parameter in part.parameters())
+        before = found.get(names[id(base)])
+        ranks = {**(before.ranks if before else {}), each.parameter_name: dict(each.r)}
+        trains = trains or (before is not None and before.trainable)
+        found[names[id(base)]] = Adapted(names[id(base)], base.num_experts, ranks, trains)
+    return list(found.values())
+
+
+def _refuse(name: str, base: Any, wrapper: Any) -> None:
+    parameter = wrapper.parameter_name
+    known = projections(base)
+    if parameter not in known:
+        raise UnsupportedModelError(
+            f"{name}: an adapter sits on {parameter}, which is no projection of {type(base).__name__}",
+            f"target_parameters may name {' and '.join(known)}",
+        )
+    dtype = getattr(base, parameter).dtype
+    if dtype not in DTYPES:
+        raise UnsupportedModelError(
+            f"{name}: an adapter sits on {parameter}, whose weights are {dtype}",
+            "adapters train on weights in bf16, fp16 and fp32: `moe-accel convert --dequantize bf16` makes such",
+        )
+
+
+@contextmanager
+def _note(wrapper: Any, active: list[str]) -> Iterator[None]:
+    """In place of PEFT's `ParamWrapper._activate_lora`: note what is active while the module runs."""
+    base = wrapper.get_base_layer()
+    notes = base.__dict__.setdefault("_moe_accel_adapters", {})
+    before = notes.get(wrapper.parameter_name)
+    notes[wrapper.parameter_name] = (wrapper, [name for name in active if name in wrapper.lora_A])
+    try:
+        yield
+    finally:
+        notes[wrapper.parameter_name] = before
+
+
+def factors(module: Any, parameter: str, ep_rank: int, ep_size: int) -> Factors | None:
+    """The factors that are active on a parameter now, for the experts of this rank.
+
+    Every rank of an `ep` group has all factors, as FSDP2 shards them with everything else; the gradients of those of
+    this rank's experts are scaled as in `scale.py`, the other way: they are averaged over all ranks.
+
+    Returns:
+        [e,in,r] and [e,r,out] in the dtype that autocast says, or of the weights; None where no adapter is active.
+    """
+    note = module.__dict__.get("_moe_accel_adapters", {}).get(parameter)
+    if note is None or not note[1]:
+        return None
+    wrapper, names = note
+    weight = getattr(module, parameter)
+    dtype = autocast_dtype(weight.device) or weight.dtype
+    num_experts = module.num_experts
+    local = slice(ep_rank * num_experts // ep_size, (ep_rank + 1) * num_experts // ep_size)
+    found_a, found_b = [], []
+    for name in names:
+        a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+        a, b = scale_gradient(a, ep_size), scale_gradient(b, ep_size)
+        found_a.append(a.view(num_experts, -1, a.shape[1])[local].to(dtype))
+        b = b.view(b.shape[0], -1, num_experts)[..., local] * wrapper.scaling[name]
+        found_b.append(b.to(dtype).permute(2, 1, 0))
+    a_eri, b_ero = torch.cat(found_a, 1), torch.cat(found_b, 1)
+    if missing := -a_eri.shape[1] % ALIGNED:
+        a_eri, b_ero = (functional.pad(each, (0, 0, 0, missing)) for each in (a_eri, b_ero))
+    return a_eri.transpose(1, 2), b_ero.contiguous()
