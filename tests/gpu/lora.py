@@ -1,0 +1,109 @@
+"""One arm, one process, one GPU: a LoRA step of Qwen3-30B-A3B's layer shapes, all experts adapted, optimizer inside.
+
+usage      python tests/gpu/lora.py native|moe_accel [--layers 48] [--batch 2] [--sequence 4096] [--steps 14]
+           [--attention-only] [--kept 0]
+prints     one JSON line: ms per step (median of all but the first four), tok/s, peak GiB, losses, and gradient norms of
+           the first step by kind of parameter
+
+r = 16 on q, k, v, o and on both projections of all experts, alpha 32, adapters in bf16 as the base, gradient
+checkpointing of every layer but the last `--kept`. Same weights, same tokens for every arm; both factors start as noise,
+so that every gradient says something. `moe_accel` is `Accelerator(parallelism_config=MoEConfig()).prepare(...)`.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+from one_gpu import build, norms_by_kind
+from peft import LoraConfig, get_peft_model
+from qwen3 import VOCABULARY, timed_steps
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def with_adapters(model: torch.nn.Module, experts: bool) -> torch.nn.Module:
+    targets = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    if experts:
+        targets["target_parameters"] = EXPERTS
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, **targets), autocast_adapter_dtype=False)
+    generator = torch.Generator("cuda").manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+            if "lora_B" in name:
+                parameter.data.normal_(std=1e-3, generator=generator)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arm", choices=["native", "moe_accel"])
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--sequence", type=int, default=4096)
+    parser.add_argument("--attention-only", action="store_true")
+    parser.add_argument("--kept", type=int, default=0)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    model = with_adapters(build(args.layers), experts=not args.attention_only)
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    for layer in base.model.layers[args.layers - args.kept :]:
+        layer.gradient_checkpointing = False
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    if args.arm == "moe_accel":
+        from accelerate import Accelerator
+
+        from moe_accel import MoEConfig
+
+        model, optimizer = Accelerator(parallelism_config=MoEConfig()).prepare(model, optimizer)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCABULARY, (args.batch, args.sequence), generator=generator).cuda()
+
+    def forward_backward() -> torch.Tensor:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        return loss.detach()
+
+    def step() -> torch.Tensor:
+        loss = forward_backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    losses = [forward_backward()]
+    norms = norms_by_kind(model)
+    optimizer.zero_grad(set_to_none=True)
+    more, times = timed_steps(step)
+    losses += more
+    median_ms = times[len(times) // 2]
+    result = vars(args) | {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "median_ms": round(median_ms, 1),
+        "min_ms": round(times[0], 1),
+        "max_ms": round(times[-1], 1),
+        "tok_s": round(args.batch * args.sequence / median_ms * 1e3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "losses": [round(loss.item(), 5) for loss in losses],
+        "norms": norms,
+    }
+    print(json.dumps(result), flush=True)
+    if args.profile:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as prof:
+            forward_backward()
+            torch.cuda.synchronize()
+        table = prof.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70)
+        print(table, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
