@@ -166,6 +166,74 @@ def inspect(
     raise typer.Exit(show(path, family, as_json))
 
 
+class Suite(StrEnum):
+    """What `bench` measures."""
+
+    kernel = "kernel"
+    full = "full"
+    lora = "lora"
+
+
+@app.command()
+def bench(
+    suite: Annotated[Suite, typer.Option(help="One MoE block, a full fine-tuning step, or one with LoRA.")],
+    shape: Annotated[str, typer.Option(help="Models, separated by commas; tiny is for a CPU.")] = "qwen3-30b-a3b",
+    arms: Annotated[str, typer.Option(help="Of native, compile, liger, moe_accel.")] = "native,moe_accel",
+    routing: Annotated[str, typer.Option(help="Of random (the router's own), balanced, zipf, hot.")] = "random",
+    layers: Annotated[str, typer.Option(help="Depths; two give ms per layer. Default: 4 (tiny: 2).")] = "",
+    tokens: Annotated[str, typer.Option(help="Tokens a step. Default: 16384 (tiny: 256).")] = "",
+    batch: Annotated[int | None, typer.Option(help="Sequences a step, instead of --tokens.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence. Default: 4096 (tiny: 64).")] = None,
+    steps: Annotated[int, typer.Option(help="Timed steps, at least 10.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 4,
+    rank: Annotated[int, typer.Option(help="Of the adapters, in the suite lora.")] = 16,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in backward.")] = False,
+    kernels: Annotated[str, typer.Option(help="The key of moe_config, for the arm moe_accel.")] = "auto",
+    peer_module: Annotated[
+        str | None, typer.Option(metavar="FILE_OR_MODULE", help="One more arm: its build(model, shape).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bf16 on a GPU, fp32 on a CPU), bf16 or fp32.")] = "auto",
+    timeout: Annotated[float, typer.Option(help="Most seconds of one arm.")] = 600,
+    as_json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the report there, as JSON.")] = None,
+) -> None:
+    """Measure a step beside stock transformers and others; loss and gradients are compared before a time is printed.
+
+    Every arm runs in a process of its own. Shapes: qwen3-30b-a3b, mixtral-8x7b, gpt-oss-20b, nemotron-3-nano,
+    deepseek-v3 (64 of its 256 experts), tiny. Exit 1 where an arm disagrees or fails.
+
+    [bold]Examples[/bold]
+
+    moe-accel bench --suite full --layers 4,8 --arms native,compile,moe_accel --out full.json
+
+    moe-accel bench --suite kernel --shape tiny --routing balanced,zipf,hot
+    """
+    from moe_accel.bench.command import bench as run_bench
+    from moe_accel.bench.options import Options, names, numbers
+
+    options = Options(
+        suite=suite.value,
+        shapes=names(shape),
+        routings=names(routing),
+        arms=names(arms),
+        layers=numbers("layers", layers),
+        tokens=numbers("tokens", tokens),
+        batch=batch,
+        seq_len=seq_len,
+        steps=steps,
+        warmup=warmup,
+        rank=rank,
+        checkpointing=checkpointing,
+        kernels=kernels,
+        peer_module=peer_module,
+        device=device,
+        dtype=dtype,
+        timeout_s=timeout,
+    )
+    raise typer.Exit(run_bench(options, as_json, out))
+
+
 def main() -> None:
     """Entry point of `moe-accel`: exit 2 with `error:` and `hint:` on stderr for what the user can mend."""
     try:

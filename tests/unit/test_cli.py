@@ -22,7 +22,7 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"], ["bench", "--help"], ["--version"]])
 def test_help_answers_within_half_a_second_and_without_torch(arguments):
     code = (
         "import sys; from moe_accel.cli import main\n"
