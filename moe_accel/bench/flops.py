@@ -9,7 +9,8 @@ does. Attention multiplies every query with half of the keys, being causal, and 
 
 and three times that with backward, trained or not; of d_qk = d_v = d and full attention this is the usual
 `12 * layers * heads * d * S * tokens / 2`. Mamba's scan is counted as its recurrence: 6 operations an element of the
-state a token, three times with backward. Recompute (checkpointing) counts nothing: it is a cost, not work.
+state a token, three times with backward. Frozen weights of the first layer count 4 like all others, though nobody may
+want the gradient of their input. Recompute (checkpointing) counts nothing: it is a cost, not work.
 """
 
 from typing import Any

@@ -6,8 +6,8 @@ lora        the same with PEFT adapters on attention and on all experts, everyth
 """
 
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,7 @@ class Step:
         once: forward and backward without the optimizer, of the first sequences only: how many is its argument.
         named: what `once` leaves behind to be compared, by name.
         forward: the forward alone; None where what it keeps is not measured.
-        noise: a context in which `once` computes with noise.
+        noise: a context in which `once` computes with the noise of a seed.
         kept: tensors that `once` keeps for `named`, to be dropped before memory is measured.
     """
 
@@ -100,15 +100,14 @@ class Step:
     once: Callable[[int], Tensor | None]
     named: Callable[[], Mapping[str, Tensor | None]]
     forward: Callable[[], Any] | None = None
-    noise: Callable[[], AbstractContextManager] = nullcontext
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    noise: Callable[[int], AbstractContextManager] = nullcontext
+    kept: dict[str, Tensor | None] = field(default_factory=dict)
 
 
 def trained_step(model: Any, optimizer: Any, case: Case, device: torch.device, vocabulary: int) -> Step:
     """The step of the suites full and lora."""
-    tokens = torch.randint(vocabulary, (case.batch, case.seq_len), generator=torch.Generator().manual_seed(1)).to(
-        device
-    )
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(vocabulary, (case.batch, case.seq_len), generator=generator).to(device)
 
     def once(batch: int) -> Tensor:
         loss = model(input_ids=tokens[:batch], labels=tokens[:batch]).loss
@@ -124,7 +123,7 @@ def trained_step(model: Any, optimizer: Any, case: Case, device: torch.device, v
     def named() -> dict[str, Tensor | None]:
         return {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
 
-    return Step(run, once, named, noise=lambda: check.noise(model))
+    return Step(run, once, named, noise=lambda seed: check.noise(model, seed))
 
 
 def block_step(model: nn.Module, case: Case, device: torch.device, compiled: bool) -> Step:
@@ -139,7 +138,8 @@ def block_step(model: nn.Module, case: Case, device: torch.device, compiled: boo
     x = torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_()
     gradient = torch.randn(shape, device=device, generator=generator).to(dtype)
     parameters = list(block.parameters())
-    noisy, kept = [], {}
+    seeds: list[int] = []
+    kept: dict[str, Tensor | None] = {}
 
     def forward(x: Tensor = x) -> Tensor:
         output = call(x)
@@ -147,7 +147,7 @@ def block_step(model: nn.Module, case: Case, device: torch.device, compiled: boo
 
     def once(batch: int) -> None:
         given = x.detach()[:batch]
-        given = (check.move(given, 99) if noisy else given).requires_grad_()
+        given = (check.move(given, seeds[0]) if seeds else given).requires_grad_()
         output = forward(given)
         output.backward(gradient[:batch])
         kept.update({"output": output.detach(), "gradient of the input": given.grad})
@@ -161,11 +161,11 @@ def block_step(model: nn.Module, case: Case, device: torch.device, compiled: boo
     def named() -> dict[str, Tensor | None]:
         return kept | {f"{prefix}.{name}": each.grad for name, each in block.named_parameters() if each.requires_grad}
 
-    class Noise(nullcontext):
-        def __enter__(self) -> None:
-            noisy.append(True)
+    @contextmanager
+    def noise(seed: int) -> Iterator[None]:
+        seeds.append(seed)
+        with check.noise(model, seed + 1):
+            yield
+        seeds.clear()
 
-        def __exit__(self, *error: object) -> None:
-            noisy.clear()
-
-    return Step(run, once, named, forward, Noise, kept)
+    return Step(run, once, named, forward, noise, kept)

@@ -110,8 +110,10 @@ def checked(job: Job, model: Any, step: suites.Step, dtype: torch.dtype) -> dict
     """Compare with the reference, or be it."""
     found = compute(model, step, job.check_batch)
     if job.arm == "native":
-        with step.noise():
-            noisy = compute(model, step, job.check_batch)
+        noisy = []
+        for seed in range(check.NOISY_RUNS):
+            with step.noise(seed):
+                noisy.append(compute(model, step, job.check_batch))
         torch.save((found, noisy), job.reference)
         return {"ok": True, "reference": True, "sequences": job.check_batch, "loss": found.loss}
     reference, noisy = torch.load(job.reference, weights_only=False)

@@ -321,18 +321,18 @@ def prints(**changes):
     ],
 )
 def test_a_difference_above_its_limit_is_said(changes, said):
-    verdict = check.compare(prints(**changes), prints(), prints(noise=0.001), torch.bfloat16)
+    verdict = check.compare(prints(**changes), prints(), [prints(noise=0.001)], torch.bfloat16)
     assert said in verdict.problems
 
 
-def test_a_limit_is_four_times_the_noise_of_the_reference_itself():
-    noisy = prints(noise=0.02)
+def test_a_limit_is_four_times_the_most_noise_of_the_reference_itself():
+    noisy = [prints(noise=0.001), prints(noise=0.02)]
     assert check.compare(prints(noise=0.07), prints(), noisy, torch.bfloat16).problems == ()
     assert check.compare(prints(noise=0.09), prints(), noisy, torch.bfloat16).problems != ()
 
 
 def test_elements_that_are_noise_are_named_and_their_norm_is_compared_still():
-    noisy = prints(noise=0.3)
+    noisy = [prints(noise=0.3)]
     verdict = check.compare(prints(noise=0.3), prints(), noisy, torch.bfloat16)
     assert (verdict.problems, verdict.says_nothing) == ((), ("layers.*.up.weight",))
     assert check.compare(prints(scale=2), prints(), noisy, torch.bfloat16).problems != ()
