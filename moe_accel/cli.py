@@ -181,7 +181,7 @@ def bench(
     arms: Annotated[str, typer.Option(help="Of native, compile, liger, moe_accel.")] = "native,moe_accel",
     routing: Annotated[str, typer.Option(help="Of random (the router's own), balanced, zipf, hot.")] = "random",
     layers: Annotated[str, typer.Option(help="Depths; two give ms per layer. Default: 4 (tiny: 2).")] = "",
-    tokens: Annotated[str, typer.Option(help="Tokens a step. Default: 16384 (tiny: 256).")] = "",
+    tokens: Annotated[str, typer.Option(help="Tokens a step, such as 8192,32768. Default: 16384 (tiny: 256).")] = "",
     batch: Annotated[int | None, typer.Option(help="Sequences a step, instead of --tokens.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence. Default: 4096 (tiny: 64).")] = None,
     steps: Annotated[int, typer.Option(help="Timed steps, at least 10.")] = 10,

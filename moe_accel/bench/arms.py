@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from moe_accel.bench.shapes import Shape
+from moe_accel.bench.suites import adamw
 from moe_accel.errors import ConfigError, DependencyError, UnsupportedModelError
 
 
@@ -83,9 +84,7 @@ def apply(
         return prepare(model, optimizer, device, kernels)
     if arm == "peer":
         built = peer.build(model, shape)
-        if {id(each) for each in built.parameters()} != {id(each) for each in model.parameters()} and optimizer:
-            optimizer = type(optimizer)([p for p in built.parameters() if p.requires_grad], **optimizer.defaults)
-        return built, optimizer, ""
+        return built, adamw(built) if whole else None, ""
     return model, optimizer, ""
 
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -26,15 +26,19 @@ SHOWN_LINES = 15
 """Of what a process said before it died."""
 
 Say = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
 
 
-def run(options: Options, say: Say | None = None, command: str | None = None) -> dict[str, Any]:
+def run(
+    options: Options, say: Say | None = None, command: str | None = None, keep: Keep | None = None
+) -> dict[str, Any]:
     """Measure what `options` ask for, and return the report: JSON-ready, `schema` says which form.
 
     Args:
         options: see `Options`.
         say: called with a line of progress; None: nobody is told.
         command: what to write down as the command; None: this process's own.
+        keep: called with the report so far after every row, for who may be killed before the end.
 
     Raises:
         ConfigError: the options break a rule.
@@ -51,22 +55,31 @@ def run(options: Options, say: Say | None = None, command: str | None = None) ->
         "about": None,
         "ceilings": [],
         "rows": [],
+        "per_layer": [],
+        "ok": False,
+        "complete": False,
     }
     with tempfile.TemporaryDirectory(prefix="moe_accel_bench_") as folder:
         runner = _Runner(options, Path(folder), say)
-        for shape, tokens in dict.fromkeys((case.shape, case.tokens) for case in options.cases()):
-            case = next(each for each in options.cases() if (each.shape, each.tokens) == (shape, tokens))
-            found = runner.start(case, "ceilings", case.batch)
-            report["about"] = found.pop("about", report["about"])
-            report["ceilings"].append({"shape": shape, "tokens": tokens} | found)
         for case in options.cases():
-            report["rows"] += runner.rows(case)
-    for row in report["rows"]:
-        report["about"] = row.pop("about", None) or report["about"]
-        _add_shares(row, report["ceilings"])
-    report["per_layer"] = per_layer(report["rows"])
+            if not any(_is_of(each, case) for each in report["ceilings"]):
+                found = runner.start(case, "ceilings", case.batch)
+                report["about"] = found.pop("about", report["about"])
+                report["ceilings"].append({"shape": case.shape, "tokens": case.tokens} | found)
+            ceiling = next(each for each in report["ceilings"] if _is_of(each, case))
+            for row in runner.rows(case):
+                report["about"] = row.pop("about", None) or report["about"]
+                report["rows"].append(row | _shares(row, ceiling))
+                report["per_layer"] = per_layer(report["rows"])
+                if keep is not None:
+                    keep(report)
     report["ok"] = all("median_ms" in row for row in report["rows"])
+    report["complete"] = True
     return report
+
+
+def _is_of(ceiling: dict[str, Any], case: Case) -> bool:
+    return (ceiling["shape"], ceiling["tokens"]) == (case.shape, case.tokens)
 
 
 class _Runner:
@@ -76,25 +89,22 @@ class _Runner:
         self.options, self.folder, self.say = options, folder, say
         self.count = 0
 
-    def rows(self, case: Case) -> list[dict[str, Any]]:
+    def rows(self, case: Case) -> Iterator[dict[str, Any]]:
         """One row an arm; native runs first, timed or not, since the others are compared with it."""
         arms = self.options.all_arms()
         reference = self.folder / "reference.pt"
         reference.unlink(missing_ok=True)
-        native = self.start(case, "native", case.batch, time="native" in arms)
-        batch = case.batch
+        native, batch = self.start(case, "native", case.batch, time="native" in arms), case.batch
+        if "native" in arms:
+            yield _row(case, "native", native)
         if not reference.exists() and batch > 1:  # it did not fit: compare one sequence
             batch = 1
             self.start(case, "native", batch, time=False)
-        rows = [_row(case, "native", native)] if "native" in arms else []
         for arm in arms:
-            if arm == "native":
-                continue
-            if reference.exists():
-                rows.append(_row(case, arm, self.start(case, arm, batch)))
-            else:
-                rows.append(_row(case, arm, {"error": f"no reference to compare with: {native.get('error')}"}))
-        return rows
+            if arm != "native" and reference.exists():
+                yield _row(case, arm, self.start(case, arm, batch))
+            elif arm != "native":
+                yield _row(case, arm, {"error": f"no reference to compare with: {native.get('error')}"})
 
     def start(self, case: Case, arm: str, check_batch: int, time: bool = True) -> dict[str, Any]:
         """Run one process; returns what it measured, or its `error`."""
@@ -130,7 +140,9 @@ def _wait(job: Path, log: Path, timeout_s: float) -> str | None:
     """Run the worker to its end; returns what went wrong, None where nothing did."""
     root = str(Path(moe_accel.__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {name: value for name, value in os.environ.items() if name != ENV_VAR}  # native means native
+    # native means native, and an Accelerator reads what a launcher left in the environment
+    foreign = (ENV_VAR, "ACCELERATE_", "FSDP_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     env["PYTHONPATH"] = os.pathsep.join(paths)
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -163,13 +175,10 @@ def _row(case: Case, arm: str, found: dict[str, Any]) -> dict[str, Any]:
     return {**asdict(case), "batch": case.batch, "arm": arm} | found
 
 
-def _add_shares(row: dict[str, Any], ceilings: list[dict[str, Any]]) -> None:
-    """The rate of a row as a share of each ceiling; the first is its model FLOPs utilisation (MFU)."""
-    ceiling = next(each for each in ceilings if (each["shape"], each["tokens"]) == (row["shape"], row["tokens"]))
-    for name in ("matmul", "grouped_mm"):
-        most = ceiling.get(f"{name}_tflop_s")
-        if most and "tflop_s" in row:
-            row[f"of_{name}"] = round(row["tflop_s"] / most, 4)
+def _shares(row: dict[str, Any], ceiling: dict[str, Any]) -> dict[str, float]:
+    """The rate of a row as a share of each ceiling; that of the matmul is its model FLOPs utilisation (MFU)."""
+    most = {name: ceiling.get(f"{name}_tflop_s") for name in ("matmul", "grouped_mm")}
+    return {f"of_{name}": round(row["tflop_s"] / rate, 4) for name, rate in most.items() if rate and "tflop_s" in row}
 
 
 def per_layer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

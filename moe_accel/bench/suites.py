@@ -69,6 +69,12 @@ def adapt(model: nn.Module, rank: int) -> Any:
     return get_peft_model(adapted, config, autocast_adapter_dtype=False)
 
 
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """torch's fused AdamW over what is trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
+
+
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
     """Noise that depends on a tensor's name and shape alone; norms are 1, and Mamba's decays stay as they are."""

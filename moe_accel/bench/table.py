@@ -5,6 +5,10 @@ from typing import Any
 
 TEXT = ("shape", "routing", "arm", "check")
 """Columns that are words, and stand on the left; the rest are numbers."""
+WIDTH = 240
+"""A row is a line, whatever the terminal."""
+CASE = {"shape": "", "routing": "", "layers": " layers", "tokens": " tokens a step", "seq_len": " tokens a sequence"}
+"""What makes a case, and how it is said in a sentence."""
 
 
 def render(report: dict[str, Any], plain: bool = False) -> None:
@@ -26,6 +30,8 @@ def heading(report: dict[str, Any]) -> list[str]:
     device, dtype = about.get("device", "?"), about.get("dtype", "?")
     software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers") if versions[name])
     lines = [f"{options['suite']}: {device}, {dtype}, {software}, {report['date']}"]
+    if same := [_named(name, report["rows"][0][name]) for name in CASE if name not in _varying(report["rows"])]:
+        lines.append(", ".join(same))
     if device == "cpu":
         lines.append("On a CPU: times only say that the command works; no memory is measured.")
     for each in report["ceilings"]:
@@ -35,22 +41,32 @@ def heading(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _varying(rows: list[dict[str, Any]]) -> list[str]:
+    """What tells the cases apart; the rest stands in the heading, once."""
+    return [name for name in CASE if len({row[name] for row in rows}) > 1]
+
+
+def _named(name: str, value: Any) -> str:
+    said = (f"{value:,}" if isinstance(value, int) else value) + CASE[name]
+    return said.removesuffix("s") if (name, value) == ("layers", 1) else said
+
+
 def rows_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of all rows."""
-    columns = ["shape", "routing", "layers", "tokens", "arm", "ms", "quartiles", "x native", "tok/s", "TFLOP/s"]
-    columns += ["% matmul", "% grouped_mm", "peak GiB", "check"]
+    varying = _varying(report["rows"])
+    columns = [*varying, "arm", "ms", "quartiles", "x native", "tok/s", "TFLOP/s", "% matmul", "% grouped_mm"]
+    columns += ["peak GiB", "check"]
     rows = []
     for row in report["rows"]:
-        case = [row["shape"], row["routing"], str(row["layers"]), f"{row['tokens']:,}", row["arm"]]
-        rows.append([*case, *_measures(row, report["rows"]), _check(row)])
+        case = [f"{row[name]:,}" if isinstance(row[name], int) else row[name] for name in varying]
+        rows.append([*case, row["arm"], *_measures(row, report["rows"]), _check(row)])
     return columns, rows
 
 
 def _measures(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     if "median_ms" not in row:
         return ["-"] * 8
-    same = ("shape", "routing", "layers", "tokens")
-    native = [each for each in rows if each["arm"] == "native" and all(each[name] == row[name] for name in same)]
+    native = [each for each in rows if each["arm"] == "native" and all(each[name] == row[name] for name in CASE)]
     ratio = native[0]["median_ms"] / row["median_ms"] if native and "median_ms" in native[0] else None
     digits = 1 if row["median_ms"] >= 100 else 2
     return [
@@ -114,10 +130,7 @@ def _rich(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if column in TEXT else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:  # a file has no width
-        console = Console(markup=False, highlight=False, width=240)
-    console.print(table)
+    Console(markup=False, highlight=False, width=WIDTH).print(table)
 
 
 def _plain(columns: list[str], rows: list[list[str]]) -> None:

@@ -6,6 +6,7 @@ and only then time.
 
 import gc
 import json
+import math
 import sys
 import traceback
 from dataclasses import asdict, dataclass
@@ -74,7 +75,16 @@ def main(path: str) -> None:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
-    Path(job.result).write_text(json.dumps(measured | {"about": about}))
+    Path(job.result).write_text(json.dumps(_finite(measured | {"about": about}), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same for JSON, which has no nan and no infinity: they become words."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def measure(job: Job, device: torch.device, dtype: torch.dtype, row: dict[str, Any]) -> None:
@@ -93,8 +103,7 @@ def measure(job: Job, device: torch.device, dtype: torch.dtype, row: dict[str, A
         "parameters": sum(each.numel() for each in (model if whole else block).parameters()),
     }
     routing.install(model, case.routing, case.tokens, top_k, num_experts)
-    trained = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=suites.LEARNING_RATE, fused=True) if whole else None
+    optimizer = suites.adamw(model) if whole else None
     vocabulary = model.config.vocab_size
     model, optimizer, said = arms.apply(job.arm, model, optimizer, shape, device, job.kernels, peer, whole)
     if whole:
