@@ -6,7 +6,8 @@
     hot         one expert is among every token's choices, the rest is random
 
 A fixed choice replaces the router's in the arguments of the experts, outside of whatever an arm does with them; the
-routing weights stay the router's, and so does its gradient.
+routing weights stay the router's, and so does its gradient: the heaviest weight goes to the first of the given experts.
+Where two weights are near each other, rounding decides which is the heavier, and elements of that gradient are noise.
 
 Sizes: N tokens, E experts, K top-k.
 """

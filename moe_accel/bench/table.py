@@ -106,7 +106,7 @@ def remarks(report: dict[str, Any]) -> list[str]:
     """What the tables cannot say: how shapes differ from the released models, and what went wrong."""
     lines = [f"{name}: {of['note']}" for name, of in report["shapes"].items() if of["note"]]
     for row in report["rows"]:
-        where = f"{row['arm']}, {row['shape']}, {row['routing']}, {row['layers']} layers, {row['tokens']:,} tokens"
+        where = ", ".join([row["arm"], *(_named(name, row[name]) for name in CASE if name != "seq_len")])
         if "error" in row:
             lines.append(f"error: {where}: {row['error']}")
         check = row.get("check") or {}
