@@ -6,7 +6,7 @@ prints     one JSON line: ms per step (median of all but the first four), tok/s,
            the first step by kind of parameter
 
 r = 16 on q, k, v, o and on both projections of all experts, alpha 32, adapters in bf16 as the base, gradient
-checkpointing of every layer but the last `--kept`. Same weights, same tokens for every arm; both factors start as noise,
+checkpointing of every layer but the last `--kept`. Same weights and tokens for every arm; both factors start as noise,
 so that every gradient says something. `moe_accel` is `Accelerator(parallelism_config=MoEConfig()).prepare(...)`.
 """
 
