@@ -118,7 +118,9 @@ def _by_version(version: tuple[int, ...] | None, family: Family | None, path: st
             return None  # could be Llama-4, which PEFT swaps to this day
         return "swapped" if family is not None and family.peft == "swapped" else "standard"
     if version >= (0, 19, 0):
-        return "swapped" if stacked is not None and family is not None and family.peft != "swapped" else None
+        if stacked is None or family is None:
+            return None
+        return "standard" if family.peft == "swapped" else "swapped"
     if stacked is None:
         return None
     return "standard" if stacked.transposed else "swapped"

@@ -1,10 +1,12 @@
 """Every dialect, made by hand of known factors, comes out as these factors; what is ambiguous is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from moe_accel.adapters.dialect import Options
 from moe_accel.adapters.orient import contrast
@@ -23,6 +25,7 @@ from tests.unit.adapters_made import (
     write,
 )
 
+RECORDED = Path(__file__).parent / "recorded_adapters"
 E, R, H, I = 4, 3, 32, 24  # noqa: E741
 EXPERTS = "model.layers.0.mlp.experts"
 STEM = f"base_model.model.{EXPERTS}"
@@ -116,8 +119,6 @@ def test_a_dialect_gives_the_factors_it_was_made_of(dialect, to, tmp_path):
 
 @pytest.mark.parametrize("dialect", ["D3", "D4", "D5", "D7", "D8", "D9"])
 def test_it_becomes_bit_for_bit_what_peft_would_have_written(dialect, tmp_path):
-    from safetensors.numpy import load_file
-
     make, config = DIALECTS[dialect]
     roles = shared_a()
     write(tmp_path / "in", make(roles), **config)
@@ -136,6 +137,19 @@ def test_an_old_file_says_afterwards_that_it_is_a_new_one(tmp_path):
     write(tmp_path / "in", two_pairs(shared_a(), swapped=True), **PEFT_CONFIG, peft_version="0.18.1")
     convert_adapter(tmp_path / "in", tmp_path / "out", Request("peft"))
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_version"] == "0.19.1"
+
+
+@pytest.mark.parametrize("recorded", sorted(RECORDED.iterdir()), ids=lambda folder: folder.name)
+def test_files_that_old_versions_wrote_mean_what_these_versions_merged(recorded, tmp_path):
+    """Written by PEFT 0.18.1 and 0.19.0 with transformers 5.17; `sums` are the row sums of what merging added."""
+    done = convert_adapter(recorded, tmp_path / "out", Request("per-expert"))
+    swapped = "gpt_oss" not in recorded.name or "0.19.0" in recorded.name
+    assert done.found.dialects == ["D3" if swapped else "D2"]
+    sums = dict(np.load(recorded / "sums.npz"))
+    found = file_deltas(tmp_path / "out")
+    assert len(found) == 8 * len(sums)
+    for (layer, role, expert), delta in found.items():
+        assert np.allclose(delta.sum(dim=1).numpy(), sums[f"{layer}.{role}"][expert], atol=1e-6)
 
 
 def one_pair(leaf: str, roles, swapped: bool = False) -> dict[str, np.ndarray]:
@@ -167,6 +181,7 @@ def test_one_parameter_alone_is_read_by_the_width_that_attention_shows(swapped, 
         ("0.19.1", "llama4", True),
         ("0.19.0", "qwen3_moe", True),
         ("0.19.0", "gpt_oss", True),
+        ("0.19.0", "llama4", False),
         ("0.18.1", "qwen3_moe", True),
         ("0.18.1", "gpt_oss", False),
         ("0.18.1", "llama4", False),
