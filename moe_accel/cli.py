@@ -203,10 +203,14 @@ def verify(
     family: Family = None,
     as_json: Json = False,
     threads: Annotated[int | None, typer.Option(help="Default: one a core, at most 4.", min=1)] = None,
+    base: Base = None,
+    model_type: ModelType = None,
+    lora_order: Order = None,
+    lora_b_layout: BLayout = None,
 ) -> None:
-    """Prove that two checkpoints hold the same bits, whatever their layouts; exit 1 with the first differences if not.
+    """Prove that two checkpoints, or two adapters, hold the same bits, whatever their layouts; exit 1 if not.
 
-    Experts are compared by layer, number and role, everything else by name.
+    Experts are compared by layer, number and role, everything else by name; the first differences are shown.
 
     [bold]Examples[/bold]
 
@@ -214,8 +218,14 @@ def verify(
 
     moe-accel verify before after --json
     """
+    from moe_accel.adapters.source import is_adapter
     from moe_accel.convert.commands import verify as run_verify
 
+    if is_adapter(first) and is_adapter(second):
+        from moe_accel.adapters.commands import verify as verify_adapters
+
+        request = _request(Layout.peft, family, base, model_type, lora_order, lora_b_layout)
+        raise typer.Exit(verify_adapters(first, second, request, as_json))
     raise typer.Exit(run_verify(first, second, family, threads, as_json))
 
 

@@ -9,10 +9,12 @@ from moe_accel.adapters.dialect import Found
 from moe_accel.adapters.numbers import Survival
 from moe_accel.adapters.run import Done, Request, convert_adapter, describe, read
 from moe_accel.adapters.source import Adapter
+from moe_accel.adapters.verify import compare_adapters
 from moe_accel.convert.commands import (
     EXIT_INTERRUPTED,
     check_failed,
     format_size,
+    print_comparison,
     print_json,
     print_table,
     show_progress,
@@ -51,6 +53,11 @@ def show(folder: Path, request: Request, as_json: bool) -> int:
     print(f"outside of the experts: {len(found.others)} tensors")
     print(f"{adapter.header.file.name}: {len(adapter.tensors)} tensors, {format_size(adapter.header.file_bytes)}")
     return 0
+
+
+def verify(first: Path, second: Path, request: Request, as_json: bool) -> int:
+    """Compare two adapters; returns the exit status."""
+    return print_comparison(compare_adapters(first, second, request), "factors of experts", as_json)
 
 
 def _rows(found: Found) -> dict[tuple[str, ...], int]:

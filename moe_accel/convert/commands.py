@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_accel.convert import run
 from moe_accel.convert.inspect import Contents, inspect
-from moe_accel.convert.verify import MismatchError, compare
+from moe_accel.convert.verify import Comparison, MismatchError, compare
 from moe_accel.convert.work import Progress, silent
 
 SCHEMA = 1
@@ -58,12 +58,17 @@ def verify(first: Path, second: Path, family: Path | None, threads: int | None, 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    return print_comparison(found, "expert matrices", as_json)
+
+
+def print_comparison(found: Comparison, what: str, as_json: bool) -> int:
+    """Say what was equal or different; returns the exit status. `what` the parts of experts are called."""
     if as_json:
         record = {"equal": not found.differences, "experts": found.num_parts, "tensors": found.num_tensors}
         print_json({"command": "verify", **record, "bytes": found.num_bytes, "differences": found.differences})
     elif not found.differences:
         size = format_size(found.num_bytes)
-        print(f"equal: {found.num_parts} expert matrices, {found.num_tensors} other tensors, {size}")
+        print(f"equal: {found.num_parts} {what}, {found.num_tensors} other tensors, {size}")
     else:
         print(f"different in {len(found.differences)} places")
         print_some(found.differences)
