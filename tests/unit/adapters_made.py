@@ -26,10 +26,10 @@ LEAVES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate
 Deltas = dict[tuple[str, str, int], torch.Tensor]  # layer's number, role, expert -> [out, in], fp64
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
     """A tiny model; llama4 too, whose experts are not decorated."""
     if family != "llama4":
-        return build_tiny(family, dtype, seed)
+        return build_tiny(family, dtype, seed, **config)
     torch.manual_seed(seed)
     config = transformers.Llama4TextConfig(
         vocab_size=96,
