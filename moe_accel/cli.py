@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_accel.errors import MoEAccelError
+from moe_accel.errors import ConfigError, MoEAccelError
 from moe_accel.version import VERSION
 
 if TYPE_CHECKING:
@@ -149,8 +149,11 @@ def convert(
     if is_adapter(source):
         from moe_accel.adapters.commands import convert as convert_adapter
 
+        if dequantize is not None:
+            raise ConfigError(f"--dequantize is for models; {source} holds an adapter")
         request = _request(to, family, base, model_type, lora_order, lora_b_layout, overwrite, dry_run)
         raise typer.Exit(convert_adapter(source, target, request, as_json))
+    _refuse_adapter_options(source, base, model_type, lora_order, lora_b_layout)
     lossy = dequantize.value if dequantize else None
     options = Options(to.value, family, size, verify.value, overwrite, threads or default_threads(), lossy)
     raise typer.Exit(run_convert(source, target, options, dry_run, as_json))
@@ -226,6 +229,7 @@ def verify(
 
         request = _request(Layout.peft, family, base, model_type, lora_order, lora_b_layout)
         raise typer.Exit(verify_adapters(first, second, request, as_json))
+    _refuse_adapter_options(first, base, model_type, lora_order, lora_b_layout)
     raise typer.Exit(run_verify(first, second, family, threads, as_json))
 
 
@@ -255,7 +259,15 @@ def inspect(
 
         request = _request(Layout.peft, family, base, model_type, lora_order, lora_b_layout)
         raise typer.Exit(show_adapter(path, request, as_json))
+    _refuse_adapter_options(path, base, model_type, lora_order, lora_b_layout)
     raise typer.Exit(show(path, family, as_json))
+
+
+def _refuse_adapter_options(folder: Path, *given: object) -> None:
+    names = ("--base", "--model-type", "--lora-order", "--lora-b-layout")
+    asked = [name for name, value in zip(names, given, strict=True) if value is not None]
+    if asked:
+        raise ConfigError(f"{' and '.join(asked)} is for adapters; {folder} holds none")
 
 
 def _request(

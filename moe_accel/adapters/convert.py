@@ -59,14 +59,12 @@ class Cache:
 
     def __init__(self, size: int = 4) -> None:
         self._size, self._kept = size, dict[int, tuple[Factors, Array, Array]]()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what is loaded may be made of what has to be loaded
 
     def load(self, factors: Factors) -> tuple[Array, Array]:
         """A [E, r, in] and B [E, out, r]."""
         with self._lock:
-            found = self._kept.pop(id(factors), None)
-        found = found or (factors, *factors.load())  # unlocked, as loading may load what it is made of
-        with self._lock:
+            found = self._kept.pop(id(factors), None) or (factors, *factors.load())
             self._kept[id(factors)] = found
             while len(self._kept) > self._size:
                 self._kept.pop(next(iter(self._kept)))

@@ -92,6 +92,9 @@ def prepare(adapter: Path, base: Path, target: Path, options: Options) -> Job:
         refuse_overlap(folder, target)
     checkpoint, opened = open_checkpoint(base), open_adapter(adapter)
     plan = plan_merge(checkpoint, opened, options.to, load_families(options.family), options.adapter)
+    tokenizer = [name for name in opened.others if name.startswith(("tokenizer", "vocab", "merges", "chat_template"))]
+    if tokenizer:
+        plan.notes.append(f"{', '.join(tokenizer)} beside the adapter not taken: all other files are the base's")
     shards = pack(plan.plan.outputs, options.max_shard_bytes, checkpoint.metadata)
     state = hashlib.sha256(f"merge {VERSION} {options}".encode())
     checkpoint.identify(state)

@@ -99,13 +99,12 @@ def add_delta(bits: Array, dtype: str, a: Array, b: Array, scaling: float, name:
     """
     result, found = np.empty(bits.shape, bits.dtype), Survival()
     kind = np.float64 if dtype == "F64" else np.float32
-    a, b = a.astype(kind, copy=False), b.astype(kind, copy=False)
+    a, b = a.astype(kind, copy=False), b.astype(kind) * kind(scaling)
     rows = max(1, ROWS_ELEMENTS // max(1, bits.shape[1]))
     for start in range(0, bits.shape[0], rows):
         old = bits[start : start + rows]
         weight = to_floats(np.ascontiguousarray(old), dtype)
         delta = b[start : start + rows] @ a
-        delta *= kind(scaling)
         total = weight + delta
         new = to_bits(total, dtype)
         rounded = to_floats(new, dtype)

@@ -266,6 +266,15 @@ def test_adapters_have_two_forms_and_models_have_no_peft_form(folder, tmp_path, 
     assert "no layout is called 'peft'" in capsys.readouterr().err
 
 
+def test_options_of_the_other_kind_are_refused(folder, tmp_path, monkeypatch, capsys):
+    arguments = ("convert", folder / "base", tmp_path / "out", "--to", "stacked", "--lora-order", "swapped")
+    assert call(monkeypatch, *arguments) == 2
+    assert "--lora-order is for adapters" in capsys.readouterr().err
+    arguments = ("convert", folder / "peft", tmp_path / "out", "--to", "peft", "--dequantize", "bf16")
+    assert call(monkeypatch, *arguments) == 2
+    assert "--dequantize is for models" in capsys.readouterr().err
+
+
 def test_a_directory_that_is_not_empty_is_kept(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / WEIGHTS).write_bytes(b"mine")
