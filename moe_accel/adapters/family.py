@@ -101,13 +101,7 @@ def model_of(config: Mapping[str, Any], source: str) -> Model:
 
 @dataclass(frozen=True)
 class Naming:
-    """What the model's experts are called and how transformers holds them.
-
-    Attributes:
-        order: `gate-up`, `up-gate` or `interleaved` rows of gate_up_proj in memory.
-        gated: whether there is a gate.
-        swapped: PEFT takes the parameters for (output, input) features, which they are not.
-    """
+    """What the model's experts are called one by one (`per_expert`), and how transformers holds them (`stacked`)."""
 
     family: Family
     per_expert: ExpertLayout
@@ -115,7 +109,7 @@ class Naming:
 
     @property
     def order(self) -> str:
-        """How gate and up share a parameter."""
+        """How gate and up share the rows of a parameter: `gate-up`, `up-gate` or `interleaved`."""
         return self.stacked.order
 
     @property
