@@ -271,9 +271,8 @@ def _read_stacked(context: _Context, path: str, pairs: Pairs) -> Experts:
     by_leaf = dict(zip(leaves, sides, strict=True))
     swapped = is_swapped(path, by_leaf, config.version, context.family, context.width, context.options.lora_order)
     flat = [side for side in sides if side.rank is None]
-    grouped = bool(flat) and b_layout(
-        context.adapter, [(side.b.name, counts[0]) for side in flat], context.options.lora_b_layout, context.notes
-    )
+    columns = [(side.b.name, counts[0]) for side in flat]
+    grouped = bool(flat) and b_layout(context.adapter, columns, swapped, context.options.lora_b_layout, context.notes)
     factors = []
     for leaf, side in by_leaf.items():
         load = partial(_unstack, context.adapter, side.a.name, side.b.name, counts[0], grouped, swapped)

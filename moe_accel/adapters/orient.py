@@ -128,17 +128,21 @@ def _by_version(version: tuple[int, ...] | None, family: Family | None, path: st
     return "standard" if stacked.transposed else "swapped"
 
 
-def b_layout(adapter: Adapter, tensors: Sequence[tuple[str, int]], said: str | None, notes: list[str]) -> bool:
+def b_layout(
+    adapter: Adapter, tensors: Sequence[tuple[str, int]], swapped: bool, said: str | None, notes: list[str]
+) -> bool:
     """Whether B's columns are grouped by expert: column j belongs to expert j // r, not j % E.
 
     Args:
         adapter: to read B from.
         tensors: names of the file's lora_B, each with its number of experts.
+        swapped: whether A acts on the outputs.
         said: `--lora-b-layout`.
         notes: told what was taken for granted.
 
     Raises:
-        CheckpointError: a mark that is not known, or the columns' norms contradict the usual reading.
+        CheckpointError: a mark that is not known, a file that several tools could have written, each with its own
+            meaning, or norms of columns that contradict the usual reading.
     """
     marker = adapter.config.raw.get("lora_B_layout")
     chosen = said or marker
@@ -150,6 +154,12 @@ def b_layout(adapter: Adapter, tensors: Sequence[tuple[str, int]], said: str | N
         raise CheckpointError(
             f"{adapter.folder} was written by Unsloth, which grouped lora_B by expert until 2026-09-17 and says since "
             "then which it is (lora_B_layout in adapter_config.json); this one does not",
+            B_HINT,
+        )
+    if swapped and adapter.config.version is None:
+        raise CheckpointError(
+            f"{tensors[0][0]}: A acts on the output and there is no peft_version: PEFT 0.17 and NeMo AutoModel keep "
+            "the columns of B by rank, Megatron-Bridge by expert",
             B_HINT,
         )
     for name, num_experts in tensors:

@@ -167,7 +167,7 @@ ATTENTION = {
 @pytest.mark.parametrize("swapped", [False, True])
 def test_one_parameter_alone_is_read_by_the_width_that_attention_shows(swapped, tmp_path):
     roles = shared_a()
-    write(tmp_path / "in", one_pair("down_proj", roles, swapped) | ATTENTION, **ONE)
+    write(tmp_path / "in", one_pair("down_proj", roles, swapped) | ATTENTION, **ONE, lora_B_layout="rank_major")
     done = convert_adapter(tmp_path / "in", tmp_path / "out", Request("per-expert"))
     assert done.found.dialects == ["D3" if swapped else "D2"]
     assert_same_deltas(file_deltas(tmp_path / "out"), expected_deltas({"down": roles["down"]}, 2))
@@ -202,7 +202,7 @@ def test_one_parameter_alone_is_read_by_the_version_that_wrote_it(version, model
 def test_twice_inner_equal_to_hidden_is_decided_by_the_sibling(swapped, tmp_path):
     """gate_up alone is square then (OLMoE, MiniMax-M2)."""
     roles = shared_a(inner=H // 2)
-    write(tmp_path / "in", two_pairs(roles, swapped), **PEFT_CONFIG)
+    write(tmp_path / "in", two_pairs(roles, swapped), **PEFT_CONFIG, lora_B_layout="rank_major")
     convert_adapter(tmp_path / "in", tmp_path / "out", Request("per-expert"))
     assert_same_deltas(file_deltas(tmp_path / "out"), expected_deltas(roles, 2))
 
@@ -215,7 +215,7 @@ def test_without_a_sibling_it_is_refused_and_the_option_decides(swapped, tmp_pat
     with pytest.raises(CheckpointError, match=r"unclear whether A acts on inputs or outputs.*no peft_version") as error:
         convert_adapter(tmp_path / "in", tmp_path / "out", request)
     assert "--lora-order" in str(error.value.hint)
-    said = Options(lora_order="swapped" if swapped else "standard")
+    said = Options(lora_order="swapped" if swapped else "standard", lora_b_layout="rank_major")
     convert_adapter(tmp_path / "in", tmp_path / "out", Request("per-expert", options=said))
     expected = {role: roles[role] for role in ("gate", "up")}
     assert_same_deltas(file_deltas(tmp_path / "out"), expected_deltas(expected, 2))
@@ -256,6 +256,19 @@ def test_experts_that_differ_show_that_b_is_grouped_and_it_is_refused(tmp_path):
     write(tmp_path / "right", two_pairs(roles), **PEFT_CONFIG, r=4)
     convert_adapter(tmp_path / "right", tmp_path / "right-out", Request("per-expert"))
     assert_same_deltas(file_deltas(tmp_path / "right-out"), expected_deltas(roles, 1.5))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_swapped_file_that_names_no_version_is_refused_and_the_option_decides(grouped, tmp_path):
+    """PEFT 0.17 and NeMo AutoModel wrote the one, Megatron-Bridge the other, with the same names and shapes."""
+    roles = shared_a()
+    write(tmp_path / "in", two_pairs(roles, swapped=True, grouped=grouped), **PEFT_CONFIG)
+    with pytest.raises(CheckpointError, match=r"no peft_version: PEFT 0.17 .* Megatron-Bridge by expert") as error:
+        convert_adapter(tmp_path / "in", tmp_path / "out", Request("per-expert"))
+    assert "--lora-b-layout" in str(error.value.hint)
+    said = Options(lora_b_layout="grouped_by_expert" if grouped else "rank_major")
+    convert_adapter(tmp_path / "in", tmp_path / "out", Request("per-expert", options=said))
+    assert_same_deltas(file_deltas(tmp_path / "out"), expected_deltas(roles, 2))
 
 
 def test_an_unsloth_adapter_without_its_mark_is_refused(tmp_path):
