@@ -2,12 +2,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_accel.errors import MoEAccelError
+from moe_accel.errors import ConfigError, MoEAccelError
 from moe_accel.version import VERSION
+
+if TYPE_CHECKING:
+    from moe_accel.adapters.run import Request
 
 app = typer.Typer(
     help="Fine-tune Hugging Face mixture-of-experts models with expert parallelism, training script unmodified.",
@@ -56,7 +59,7 @@ def launch(context: typer.Context) -> None:
 
 
 class Layout(StrEnum):
-    """The layouts that `convert --to` writes."""
+    """The layouts that `convert --to` writes: of checkpoints, and `peft` and `per-expert` of adapters."""
 
     stacked = "stacked"
     per_expert = "per-expert"
@@ -64,6 +67,7 @@ class Layout(StrEnum):
     te_grouped = "te-grouped"
     nemo = "nemo"
     sonicmoe = "sonicmoe"
+    peft = "peft"
 
 
 class Dequantize(StrEnum):
@@ -80,7 +84,25 @@ class Verify(StrEnum):
     full = "full"
 
 
+class LoraOrder(StrEnum):
+    """What A of a stacked adapter acts on: the input (`standard`), or the output."""
+
+    standard = "standard"
+    swapped = "swapped"
+
+
+class LoraBLayout(StrEnum):
+    """Which columns of a stacked adapter's B belong to an expert."""
+
+    rank_major = "rank_major"
+    grouped_by_expert = "grouped_by_expert"
+
+
 Family = Annotated[Path | None, typer.Option("--family", help="A TOML table of one's own, read before the others.")]
+Base = Annotated[Path | None, typer.Option("--base", help="Adapters: directory of the base model's config.json.")]
+ModelType = Annotated[str | None, typer.Option("--model-type", help="Adapters: model_type of the base model.")]
+Order = Annotated[LoraOrder | None, typer.Option("--lora-order", help="Adapters: where nothing else says it.")]
+BLayout = Annotated[LoraBLayout | None, typer.Option("--lora-b-layout", help="Adapters: where nothing else says it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -101,8 +123,12 @@ def convert(
     dequantize: Annotated[
         Dequantize | None, typer.Option(help="Lossy: write fp8 and fp4 weights as bf16, without scales.")
     ] = None,
+    base: Base = None,
+    model_type: ModelType = None,
+    lora_order: Order = None,
+    lora_b_layout: BLayout = None,
 ) -> None:
-    """Convert a checkpoint between layouts of its experts, bit for bit, and prove it.
+    """Convert a checkpoint between layouts of its experts, or a LoRA adapter, bit for bit, and prove it.
 
     Nothing is loaded: bytes go from file to file, so memory stays small whatever the model. A file gets its name when
     it is whole and checked, the index comes last; interrupted or killed, the same command goes on from there.
@@ -111,17 +137,66 @@ def convert(
 
     moe-accel convert Qwen3-30B-A3B Qwen3-30B-A3B-stacked --to stacked
 
-    moe-accel convert my-finetune my-finetune-hub --to per-expert --max-shard-size 4GB --dry-run
+    moe-accel convert my-adapter my-adapter-vllm --to per-expert
     """
+    from moe_accel.adapters.source import is_adapter
     from moe_accel.convert.commands import convert as run_convert
     from moe_accel.convert.run import Options
     from moe_accel.convert.shards import parse_size
     from moe_accel.convert.work import default_threads
 
     size = parse_size(max_shard_size)
+    if is_adapter(source):
+        from moe_accel.adapters.commands import convert as convert_adapter
+
+        if dequantize is not None:
+            raise ConfigError(f"--dequantize is for models; {source} holds an adapter")
+        request = _request(to, family, base, model_type, lora_order, lora_b_layout, overwrite, dry_run)
+        raise typer.Exit(convert_adapter(source, target, request, as_json))
+    _refuse_adapter_options(source, base, model_type, lora_order, lora_b_layout)
     lossy = dequantize.value if dequantize else None
     options = Options(to.value, family, size, verify.value, overwrite, threads or default_threads(), lossy)
     raise typer.Exit(run_convert(source, target, options, dry_run, as_json))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Directory of a LoRA adapter.", show_default=False)
+    ],
+    base: Annotated[Path, typer.Option("--base", help="Directory of its base model.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write, new or empty.", show_default=False)],
+    to: Annotated[Layout | None, typer.Option("--to", help="Layout of the experts. Default: as the base is.")] = None,
+    family: Family = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    as_json: Json = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that lies in OUT.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Default: one a core, at most 4.", min=1)] = None,
+    lora_order: Order = None,
+    lora_b_layout: BLayout = None,
+) -> None:
+    """Add a LoRA adapter to its base model, in fp32, and say how much of it survives rounding.
+
+    Adapter and base may have any layouts: experts are matched by layer, number and role. Memory stays small whatever
+    the model. A factor that finds no weight is an error.
+
+    [bold]Examples[/bold]
+
+    moe-accel merge my-adapter --base Qwen3-30B-A3B --out my-model
+
+    moe-accel merge my-adapter --base Qwen3-30B-A3B --out my-model --to stacked --dry-run
+    """
+    from moe_accel.adapters.commands import merge as run_merge
+    from moe_accel.adapters.dialect import Options as AdapterOptions
+    from moe_accel.adapters.merge import Options
+    from moe_accel.convert.shards import parse_size
+    from moe_accel.convert.work import default_threads
+
+    said = AdapterOptions(lora_order.value if lora_order else None, lora_b_layout.value if lora_b_layout else None)
+    size, several = parse_size(max_shard_size), threads or default_threads()
+    options = Options(to.value if to else None, family, said, size, overwrite, several)
+    raise typer.Exit(run_merge(adapter, base, out, options, dry_run, as_json))
 
 
 @app.command()
@@ -131,10 +206,14 @@ def verify(
     family: Family = None,
     as_json: Json = False,
     threads: Annotated[int | None, typer.Option(help="Default: one a core, at most 4.", min=1)] = None,
+    base: Base = None,
+    model_type: ModelType = None,
+    lora_order: Order = None,
+    lora_b_layout: BLayout = None,
 ) -> None:
-    """Prove that two checkpoints hold the same bits, whatever their layouts; exit 1 with the first differences if not.
+    """Prove that two checkpoints, or two adapters, hold the same bits, whatever their layouts; exit 1 if not.
 
-    Experts are compared by layer, number and role, everything else by name.
+    Experts are compared by layer, number and role, everything else by name; the first differences are shown.
 
     [bold]Examples[/bold]
 
@@ -142,8 +221,15 @@ def verify(
 
     moe-accel verify before after --json
     """
+    from moe_accel.adapters.source import is_adapter
     from moe_accel.convert.commands import verify as run_verify
 
+    if is_adapter(first) and is_adapter(second):
+        from moe_accel.adapters.commands import verify as verify_adapters
+
+        request = _request(Layout.peft, family, base, model_type, lora_order, lora_b_layout)
+        raise typer.Exit(verify_adapters(first, second, request, as_json))
+    _refuse_adapter_options(first, base, model_type, lora_order, lora_b_layout)
     raise typer.Exit(run_verify(first, second, family, threads, as_json))
 
 
@@ -152,17 +238,28 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Directory of safetensors files.", show_default=False)],
     family: Family = None,
     as_json: Json = False,
+    base: Base = None,
+    model_type: ModelType = None,
+    lora_order: Order = None,
+    lora_b_layout: BLayout = None,
 ) -> None:
-    """Show what lies in a checkpoint: experts and how they are stored, dtypes, sizes, files. Reads headers only.
+    """Show what lies in a checkpoint or an adapter: experts and how they are stored, dtypes, sizes, files.
 
     [bold]Examples[/bold]
 
     moe-accel inspect Qwen3-30B-A3B
 
-    moe-accel inspect Qwen3-30B-A3B --json
+    moe-accel inspect my-adapter --json
     """
+    from moe_accel.adapters.source import is_adapter
     from moe_accel.convert.commands import show
 
+    if is_adapter(path):
+        from moe_accel.adapters.commands import show as show_adapter
+
+        request = _request(Layout.peft, family, base, model_type, lora_order, lora_b_layout)
+        raise typer.Exit(show_adapter(path, request, as_json))
+    _refuse_adapter_options(path, base, model_type, lora_order, lora_b_layout)
     raise typer.Exit(show(path, family, as_json))
 
 
@@ -232,6 +329,30 @@ def bench(
         timeout_s=timeout,
     )
     raise typer.Exit(run_bench(options, as_json, out))
+
+
+def _refuse_adapter_options(folder: Path, *given: object) -> None:
+    names = ("--base", "--model-type", "--lora-order", "--lora-b-layout")
+    asked = [name for name, value in zip(names, given, strict=True) if value is not None]
+    if asked:
+        raise ConfigError(f"{' and '.join(asked)} is for adapters; {folder} holds none")
+
+
+def _request(
+    to: Layout,
+    family: Path | None,
+    base: Path | None,
+    model_type: str | None,
+    order: LoraOrder | None,
+    b_layout: LoraBLayout | None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> "Request":
+    from moe_accel.adapters.dialect import Options
+    from moe_accel.adapters.run import Request
+
+    said = Options(order.value if order else None, b_layout.value if b_layout else None)
+    return Request(to.value, base, model_type, said, family, overwrite, dry_run)
 
 
 def main() -> None:

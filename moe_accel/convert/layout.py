@@ -27,6 +27,7 @@ TARGETS = ("stacked", "per-expert", "hub", "te-grouped", "nemo", "sonicmoe")
 ROLES: Mapping[str, tuple[str, ...]] = {"gate_up": ("gate", "up"), "gate": ("gate",), "up": ("up",), "down": ("down",)}
 ORDERS = ("gate-up", "up-gate", "interleaved")
 _FAMILY_KEYS = {"family", "about", "model_types", "default", "hub", "partial_down", "layouts", "moves", "refuse"}
+_FAMILY_KEYS |= {"peft"}
 _LAYOUT_KEYS = {*ROLES, "block", "order", "transposed", "flat", "biased", "branches", "companions", "note"}
 _PLACEHOLDERS = ("{layer}", "{moe}", "{e}", "{branch}")
 
@@ -116,7 +117,8 @@ def template_regex(layout: ExpertLayout, pattern: str) -> re.Pattern[str]:
 class Family:
     """Layouts of the same models.
 
-    `moves` are other tensors whose name differs: layout name to pattern, one mapping a tensor.
+    `moves` are other tensors whose name differs: layout name to pattern, one mapping a tensor. `peft` is "swapped"
+    where PEFT takes stacked parameters for (output, input) features, which they are not.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Family:
     partial_down: bool = False
     moves: tuple[Mapping[str, str], ...] = ()
     refuse: Mapping[str, str] | None = None
+    peft: str | None = None
     user: bool = False
 
 
@@ -234,8 +237,9 @@ def parse_family(text: str, where: str, user: bool = False) -> Family:
         ("hub", str, "the name of a layout"),
         ("default", bool, "true or false"),
         ("partial_down", bool, "true or false"),
+        ("peft", str, '"swapped"'),
     ):
-        if key in table and not isinstance(table[key], kind):
+        if key in table and (not isinstance(table[key], kind) or (key == "peft" and table[key] != "swapped")):
             problems.append(f"{key} must be {said}")
     if not _strings(table.get("model_types", [])):
         problems.append("model_types must be a list of names")
@@ -273,6 +277,7 @@ def parse_family(text: str, where: str, user: bool = False) -> Family:
         partial_down=table.get("partial_down", False),
         moves=tuple(moves),
         refuse=table.get("refuse", {}),
+        peft=table.get("peft"),
         user=user,
     )
 

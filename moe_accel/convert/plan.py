@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from moe_accel.convert.detect import PACKED, STACKED, Group, chunks, detect
 from moe_accel.convert.layout import TARGETS, ExpertLayout, Families, Family, Slot
-from moe_accel.convert.regions import Copy, Layout, Output, Part, Plan, Region, Tensor, whole
+from moe_accel.convert.regions import Copy, Layout, Output, Part, Plan, Region, Tensor, whole, whole_output
 from moe_accel.errors import CheckpointError
 
 _BLOCKS = (128, 32, 16, 64, 256, 512)  # rows of a scale's block, the usual ones first
@@ -115,7 +115,7 @@ def make_plan(
         written = consumed.get(name)
         if written is None:
             passed.append(name)
-            written = (_whole(tensor, moved.get(name, name)),)
+            written = (whole_output(tensor, moved.get(name, name)),)
         for output in written:
             if output.name in outputs:
                 raise CheckpointError(f"two tensors would be written as {output.name}: the checkpoint already has one")
@@ -149,6 +149,17 @@ def parts(tensors: Mapping[str, Tensor], families: Families, model_type: str | N
                 if name in tensors:
                     yield Part(group.layer, -1, next(iter(move.values())), whole(tensors[name]))
                     break
+
+
+def aliases(tensors: Mapping[str, Tensor], families: Families, model_type: str | None = None) -> dict[str, str]:
+    """Names that tensors beside the experts have in the family's other layouts -> what they are called here."""
+    found = {}
+    for group in detect(tensors, families, model_type):
+        for move in group.family.moves:
+            names = list(_moved_names(group, move))
+            here = next((name for name in names if name in tensors), None)
+            found |= {name: here for name in names if here is not None and name != here}
+    return found
 
 
 def _moved_names(group: Group, move: Mapping[str, str]) -> Iterator[str]:
@@ -382,12 +393,6 @@ def _exact(group, to, slot, roles, suffix, of, found, scale_rows) -> None:
         group.layout.order if len(group.roles(source)) > 1 else "",
     ):
         raise _Refused(f"{suffix}: a scale for {size} rows cannot be interleaved row by row")
-
-
-def _whole(tensor: Tensor, name: str) -> Output:
-    region = whole(tensor)
-    target = Region(name, 0, 1, region.cols, region.cols, 1)
-    return Output(name, tensor.dtype, tensor.shape, (Copy(region, target),) if region.cols else ())
 
 
 def _unique(items: list[str]) -> list[str]:

@@ -99,3 +99,10 @@ def whole(tensor: Tensor) -> Region:
     """All of a tensor as one contiguous row."""
     numel = math.prod(tensor.shape)
     return Region(tensor.name, 0, 1, numel, numel, 1)
+
+
+def whole_output(tensor: Tensor, name: str) -> Output:
+    """A tensor as it is, under a name."""
+    region = whole(tensor)
+    target = Region(name, 0, 1, region.cols, region.cols, 1)
+    return Output(name, tensor.dtype, tensor.shape, (Copy(region, target),) if region.cols else ())

@@ -274,7 +274,7 @@ def _check_all(
 ) -> dict[Region, str]:
     """What can be said only when everything is written; if it is not as it should be, nothing stays published."""
     try:
-        _check_unchanged(job.checkpoint)
+        check_unchanged(job.checkpoint)
         if job.options.verify != "full":
             return {}
         digests = checker.all_digests(pool, job.target, job.shards, parts[1])
@@ -363,7 +363,8 @@ def _finish(
     unfinished.discard(shard.name)
 
 
-def _check_unchanged(checkpoint: Checkpoint) -> None:
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Refuse what was read from files that somebody wrote to meanwhile."""
     for header in checkpoint.headers.values():
         try:
             now = os.stat(header.file)

@@ -21,7 +21,7 @@ LAYERS = [
     {"config", "hooks", "versions", "report"},
     {"mesh", "kernels", "cpu", "environment"},
     {"dispatch", "convert"},
-    {"experts"},
+    {"experts", "adapters"},
     {"block", "loss", "shard", "checkpoint", "metrics", "estimate"},
     {"plugin"},
     {"parallelism"},
