@@ -31,24 +31,26 @@ class MoEOptions:
         dispatcher: transport of tokens to experts: `auto`, `alltoall` or `deepep`. Unused at ep_size 1.
         kernels: how a rank computes its experts: `auto`, `reference` (a slow, true loop), `fused` or `te`.
         dp_replicate_size: HSDP replicas; None leaves it to accelerate's own `parallelism_config` section.
+        kept_layers: last layers that gradient checkpointing leaves out: each takes memory and saves a recompute.
     """
 
     ep_size: int = 1
     dispatcher: str = "auto"
     kernels: str = "auto"
     dp_replicate_size: int | None = None
+    kept_layers: int = 0
 
     def problems(self) -> list[str]:
         """Every rule broken by the values alone, as sentences; empty when there is none."""
         found = []
-        for name in ("ep_size", "dp_replicate_size"):
+        for name, least in (("ep_size", 1), ("dp_replicate_size", 1), ("kept_layers", 0)):
             value = getattr(self, name)
             if value is None and name == "dp_replicate_size":
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 found.append(f"{name}={value!r} must be a whole number")
-            elif value < 1:
-                found.append(f"{name}={value} must be at least 1")
+            elif value < least:
+                found.append(f"{name}={value} must be at least {least}")
         for name, allowed in (("dispatcher", DISPATCHERS), ("kernels", KERNELS)):
             value = getattr(self, name)
             if value not in allowed:

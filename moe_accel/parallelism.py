@@ -28,6 +28,7 @@ class MoEConfig(ParallelismConfig):
         ep_size: ranks that share one set of experts; divides both the number of experts and the data-parallel ranks.
         dispatcher: transport of tokens to experts: `auto`, `alltoall` or `deepep`. Unused at ep_size 1.
         kernels: how a rank computes its experts: `auto`, `reference` (a slow, true loop), `fused` or `te`.
+        kept_layers: last layers that gradient checkpointing leaves out: each takes memory and saves a recompute.
 
     Raises:
         ConfigError: a value is wrong; all wrong values are listed. Or, when the Accelerator is made, they do not fit
@@ -37,6 +38,7 @@ class MoEConfig(ParallelismConfig):
     ep_size: int = 1
     dispatcher: str = "auto"
     kernels: str = "auto"
+    kept_layers: int = 0
 
     sparse_mesh = None  # the experts' mesh, once an Accelerator has the config; not a field
 

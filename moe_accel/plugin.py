@@ -20,8 +20,9 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moe_accel import block, checkpoint, experts, loss
+from moe_accel import block, checkpoint, experts, lora, loss
 from moe_accel.dispatch import AllToAll
 from moe_accel.errors import ConfigError, DependencyError, UnsupportedModelError
 from moe_accel.hooks import wrap
@@ -150,6 +151,8 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         num_trainable=sum(count for count, trainable in counts if trainable),
         notes=(
             *experts.told_of_adapters(model, found, adapted),
+            *told_of_lora(kernels, model),
+            *told_of_kept(keep_layers(_unwrapped(model), config.kept_layers), config.kept_layers),
             *(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),
         ),
     )
@@ -189,6 +192,37 @@ def choose_rest(kernels: Choice, model: nn.Module, accelerator: Accelerator) -> 
         return dict.fromkeys(("block", "loss"), Choice("native", "as transformers does it, with kernels: reference"))
     precision = accelerator.mixed_precision
     return {"block": block.install(model, accelerator.device), "loss": loss.install(model, precision)}
+
+
+def told_of_lora(kernels: Choice, model: nn.Module) -> list[str]:
+    """Let LoRA on linear layers be computed in one function, where kernels are not asked to be as transformers has."""
+    num_layers = 0 if kernels.value == "reference" else lora.install(model)
+    return [f"LoRA on {num_layers} linear layers added into their products"] if num_layers else []
+
+
+def keep_layers(model: nn.Module, num_kept: int) -> list[str]:
+    """Switch gradient checkpointing off in the last layers, by transformers' own switch; returns their names.
+
+    Raises:
+        ConfigError: the model has fewer layers.
+    """
+    layers = [(name, each) for name, each in model.named_modules() if isinstance(each, GradientCheckpointingLayer)]
+    if num_kept > len(layers):
+        raise ConfigError(
+            f"kept_layers={num_kept} must be at most {len(layers)}, the layers that {type(model).__name__} checkpoints"
+        )
+    kept = layers[len(layers) - num_kept :]
+    switched = [name for name, layer in kept if layer.gradient_checkpointing]
+    for _, layer in kept:
+        layer.gradient_checkpointing = False
+    return switched
+
+
+def told_of_kept(switched: list[str], num_kept: int) -> list[str]:
+    """What the report says of `kept_layers`."""
+    if not num_kept:
+        return []
+    return [f"the last {num_kept} layers are not recomputed" if switched else "kept_layers: nothing is checkpointed"]
 
 
 def choose_dispatcher(asked: str, ep_size: int) -> Choice:

@@ -108,7 +108,7 @@ def _linear_layers(model: nn.Module, experts: list[tuple[str, Any]]) -> Iterator
         child = name.removeprefix(f"{parent}.").split(".")[0]
         if child in ("gate", "router") or parents[parent] in _rows(model.get_submodule(f"{parent}.{child}")):
             yield "router", name
-        elif module.out_features > 1:
+        elif module.out_features != 1:
             yield "shared_experts", name
 
 

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
 from moe_accel.errors import UnsupportedModelError
-from moe_accel.experts.scale import scale_gradient
 from moe_accel.experts.weights import projections
 from moe_accel.kernels.device import autocast_dtype
 
@@ -119,16 +118,59 @@ def factors(module: Any, parameter: str, ep_rank: int, ep_size: int) -> Factors 
     wrapper, names = note
     weight = getattr(module, parameter)
     dtype = autocast_dtype(weight.device) or weight.dtype
-    num_experts = module.num_experts
-    local = slice(ep_rank * num_experts // ep_size, (ep_rank + 1) * num_experts // ep_size)
-    found_a, found_b = [], []
+    given = []
     for name in names:
-        a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-        a, b = scale_gradient(a, ep_size), scale_gradient(b, ep_size)
-        found_a.append(a.view(num_experts, -1, a.shape[1])[local].to(dtype))
-        b = b.view(b.shape[0], -1, num_experts)[..., local] * wrapper.scaling[name]
-        found_b.append(b.to(dtype).permute(2, 1, 0))
-    a_eri, b_ero = torch.cat(found_a, 1), torch.cat(found_b, 1)
-    if missing := -a_eri.shape[1] % ALIGNED:
-        a_eri, b_ero = (functional.pad(each, (0, 0, 0, missing)) for each in (a_eri, b_ero))
-    return a_eri.transpose(1, 2), b_ero.contiguous()
+        given += [wrapper.lora_A[name].weight, wrapper.lora_B[name].weight]
+    scalings = [wrapper.scaling[name] for name in names]
+    return _Factors.apply(dtype, module.num_experts, ep_rank, ep_size, scalings, *given)  # pyright: ignore
+
+
+class _Factors(torch.autograd.Function):
+    """From PEFT's parameters to factors: one note for autograd, where views and copies would be ten."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dtype: torch.dtype,
+        num_experts: int,
+        ep_rank: int,
+        ep_size: int,
+        scalings: list[float],
+        *given: Tensor,
+    ) -> Factors:
+        count = num_experts // ep_size
+        ctx.local = slice(ep_rank * count, (ep_rank + 1) * count)
+        ctx.num_experts, ctx.ep_size, ctx.scalings = num_experts, ep_size, scalings
+        ctx.like = [(each.shape, each.dtype) for each in given]
+        ranks = [each.shape[0] // num_experts for each in given[::2]]
+        padded = sum(ranks) + -sum(ranks) % ALIGNED
+        a_eri = given[0].new_zeros(count, padded, given[0].shape[1], dtype=dtype)
+        b_ero = given[1].new_zeros(count, padded, given[1].shape[0], dtype=dtype)
+        ctx.parts, start = [], 0
+        for a, b, rank, scaling in zip(given[::2], given[1::2], ranks, scalings, strict=True):
+            part = slice(start, start + rank)
+            a_eri[:, part] = a.view(num_experts, rank, -1)[ctx.local]
+            torch.mul(b.view(-1, rank, num_experts)[..., ctx.local].permute(2, 1, 0), scaling, out=b_ero[:, part])
+            ctx.parts.append(part)
+            start += rank
+        return a_eri.transpose(1, 2), b_ero
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        a_grad, b_grad = gradients[0].transpose(1, 2), gradients[1]
+        found: list[Tensor | None] = [None] * 5
+        whole = ctx.ep_size == 1
+        for at, (part, scaling) in enumerate(zip(ctx.parts, ctx.scalings, strict=True)):
+            (a_shape, a_dtype), (b_shape, b_dtype) = ctx.like[2 * at : 2 * at + 2]
+            rank = part.stop - part.start
+            a = a_grad.new_empty(a_shape, dtype=a_dtype) if whole else a_grad.new_zeros(a_shape, dtype=a_dtype)
+            b = b_grad.new_empty(b_shape, dtype=b_dtype) if whole else b_grad.new_zeros(b_shape, dtype=b_dtype)
+            torch.mul(a_grad[:, part], float(ctx.ep_size), out=a.view(ctx.num_experts, rank, -1)[ctx.local])
+            torch.mul(
+                b_grad[:, part].permute(2, 1, 0),
+                scaling * ctx.ep_size,
+                out=b.view(-1, rank, ctx.num_experts)[..., ctx.local],
+            )
+            found += [a, b]
+        return tuple(found)

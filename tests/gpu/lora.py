@@ -46,15 +46,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--attention-only", action="store_true")
-    parser.add_argument("--kept", type=int, default=0)
+    parser.add_argument("--kept", type=int, default=0, help="kept_layers of moe_config")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     model = with_adapters(build(args.layers), experts=not args.attention_only)
     base = model.get_base_model()
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    for layer in base.model.layers[args.layers - args.kept :]:
-        layer.gradient_checkpointing = False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     if args.arm == "moe_accel":
@@ -62,7 +60,7 @@ def main() -> None:
 
         from moe_accel import MoEConfig
 
-        model, optimizer = Accelerator(parallelism_config=MoEConfig()).prepare(model, optimizer)
+        model, optimizer = Accelerator(parallelism_config=MoEConfig(kept_layers=args.kept)).prepare(model, optimizer)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCABULARY, (args.batch, args.sequence), generator=generator).cuda()
 

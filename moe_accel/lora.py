@@ -1,0 +1,116 @@
+"""LoRA of PEFT on linear layers as one autograd function: two products added into the layer's own output.
+
+PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling`, six operations of which three pass over the whole output,
+and as many gradients. Here the second product is accumulated into the first (`addmm`), forward and backward. Switches,
+parameters and names stay PEFT's; whatever is more than one plain adapter on an `nn.Linear` stays with PEFT.
+
+Sizes: N rows, r rank.
+"""
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from moe_accel.kernels.device import as_autocast
+
+
+def install(model: nn.Module) -> int:
+    """Let PEFT's LoRA layers around `nn.Linear` compute with `lora_linear`; returns how many there are."""
+    layers: list[Any] = [each for each in model.modules() if _is_lora_linear(each)]
+    for layer in layers:
+        if "forward" not in vars(layer):
+            layer.forward = types.MethodType(_forward, layer)
+    return len(layers)
+
+
+def _is_lora_linear(module: nn.Module) -> bool:
+    kind = type(module)
+    if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
+        return False
+    return type(module.base_layer) is nn.Linear
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    name = None if args or kwargs or torch.compiler.is_compiling() else _plain_adapter(layer)
+    if name is None:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    base = layer.base_layer
+    operands = x, base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+    x, weight, a, b = as_autocast(*operands)
+    alike = x.dtype == weight.dtype == a.dtype == b.dtype
+    if not alike or any(isinstance(each, DTensor) for each in operands):
+        return type(layer).forward(layer, *operands[:1])
+    return lora_linear(x, weight, base.bias, a, b, layer.scaling[name])
+
+
+def _plain_adapter(layer: Any) -> str | None:
+    """The one adapter that is active, if it is LoRA and nothing else."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or active[0] in layer.lora_variant:
+        return None
+    name = active[0]
+    dropout = layer.lora_dropout[name]
+    drops = not isinstance(dropout, nn.Identity) and dropout.training and getattr(dropout, "p", 1) > 0
+    parts = layer.lora_A[name], layer.lora_B[name], layer.base_layer
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    plain = type(layer.lora_A[name]) is nn.Linear and type(layer.lora_B[name]) is nn.Linear
+    biased = any(part.bias is not None for part in parts[:2])
+    return None if drops or hooked or biased or not plain else name
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`x @ weight.T + bias + scaling * x @ a.T @ b.T`.
+
+    Args:
+        x: [...,in].
+        weight: [out,in].
+        bias: [out] or None.
+        a: [r,in].
+        b: [out,r]; all of one dtype.
+        scaling: of the adapter.
+
+    Returns:
+        [...,out], differentiable once in every tensor.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        rows: Any = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scaling)
+    return rows.view(*x.shape[:-1], weight.shape[0])
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        low = x @ a.t()
+        out = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        out.addmm_(low, b.t(), alpha=scaling)
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scaling, ctx.bias_dtype = scaling, None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, low = ctx.saved_tensors
+        (gradient,) = gradients
+        needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        low_grad = torch.addmm(low, gradient, b, beta=0, alpha=ctx.scaling)
+        x_grad = None
+        if needs_x:
+            x_grad = gradient @ weight
+            x_grad.addmm_(low_grad, a)
+        b_grad = torch.addmm(b, gradient.t(), low, beta=0, alpha=ctx.scaling) if needs_b else None
+        return (
+            x_grad,
+            gradient.t() @ x if needs_weight else None,
+            gradient.sum(0).to(ctx.bias_dtype) if needs_bias else None,
+            low_grad.t() @ x if needs_a else None,
+            b_grad,
+            None,
+        )

@@ -1,0 +1,136 @@
+"""LoRA on linear layers in one function: PEFT's numbers, and PEFT itself wherever it is more than one plain adapter."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from moe_accel import MoEConfig, lora, plugin
+from moe_accel.errors import ConfigError
+from tests.families import build_tiny, randomise
+
+TOLERANCE = 90 * torch.finfo(torch.float32).eps  # see tests/dist/parity.py
+
+
+def test_values_and_gradients_are_those_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 3, 5), "weight": (4, 5), "bias": (4,), "a": (2, 5), "b": (4, 2)}
+    given = [
+        torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes.values()
+    ]
+    assert torch.autograd.gradcheck(lambda *each: lora.lora_linear(*each, 1.5), given)
+    x, weight, bias, a, b = given
+    torch.testing.assert_close(lora.lora_linear(*given, 1.5), x @ weight.T + bias + 1.5 * (x @ a.T @ b.T))
+
+
+def layer(bias=True, **options):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"linear": nn.Linear(6, 5, bias=bias)})
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=["linear"], **options))
+    randomise(model, seed=3)
+    return model
+
+
+def both(model, change=lambda _model: None, autocast=False):
+    """Output and gradients, by PEFT and by us; and whether ours was used."""
+    found = []
+    used = []
+    original = lora.lora_linear
+    for ours in (False, True):
+        each = copy.deepcopy(model)
+        if ours:
+            assert lora.install(each) == 1
+        change(each)
+        x = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        torch.manual_seed(5)  # of dropout
+        lora.lora_linear = lambda *args: (used.append(1), original(*args))[1]
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                output = each.base_model.model["linear"](x)
+        finally:
+            lora.lora_linear = original
+        output.float().square().sum().backward()
+        gradients = {name: p.grad for name, p in each.named_parameters() if p.grad is not None}
+        found.append({"output": output.detach(), "x": x.grad, **gradients})
+    return *found, bool(used)
+
+
+def assert_same(peft, ours, tolerance=TOLERANCE):
+    assert ours.keys() == peft.keys()
+    for name, expected in peft.items():
+        assert ours[name].dtype == expected.dtype, name
+        assert (ours[name] - expected).abs().max() <= tolerance * expected.abs().max(), name
+
+
+def train_everything(model):
+    model.requires_grad_(True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("change", [lambda _model: None, train_everything], ids=["frozen", "trained"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
+def test_one_adapter_has_pefts_numbers(bias, change, options):
+    peft, ours, used = both(layer(bias, **options), change)
+    assert used
+    assert_same(peft, ours)
+
+
+def test_under_autocast_too_within_bf16():
+    peft, ours, used = both(layer(), autocast=True)
+    assert used
+    assert_same(peft, ours, 8 * 2**-9)
+
+
+def add_second(model):
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["linear"]))
+    model.base_model.set_adapter(["default", "second"])
+
+
+STEPS_ASIDE = {
+    "disabled": ({}, lambda model: model.base_model.disable_adapter_layers()),
+    "merged": ({}, lambda model: model.merge_adapter()),
+    "two": ({}, add_second),
+    "dropout": ({"lora_dropout": 0.5}, lambda _model: None),
+    "dora": ({"use_dora": True}, lambda _model: None),
+    "biased": ({"lora_bias": True}, lambda _model: None),
+    "half": ({}, lambda model: model.base_model.model["linear"].base_layer.bfloat16()),
+    "hooked": ({}, lambda model: model.base_model.model["linear"].base_layer.register_forward_hook(lambda *_a: None)),
+}
+
+
+@pytest.mark.parametrize(("options", "change"), STEPS_ASIDE.values(), ids=STEPS_ASIDE)
+def test_whatever_is_more_stays_with_peft(options, change):
+    def seeded(model):
+        torch.manual_seed(2)  # of the second adapter
+        change(model)
+
+    if change is STEPS_ASIDE["half"][1]:
+        model = layer(**options)
+        change(model)
+        assert lora.install(model) == 1
+        x = torch.randn(2, 6, dtype=torch.bfloat16)
+        assert model.base_model.model["linear"](x).dtype == torch.bfloat16
+        return
+    peft, ours, used = both(layer(**options), seeded)
+    assert not used
+    assert_same(peft, ours, 0)
+
+
+def test_dropout_that_is_off_is_none():
+    _, _, used = both(layer(lora_dropout=0.5), lambda model: model.eval())
+    assert used
+
+
+def test_the_last_layers_are_kept_from_recompute():
+    model = build_tiny("qwen3_moe")
+    model.gradient_checkpointing_enable()
+    assert plugin.keep_layers(model, 1) == ["model.layers.1"]
+    assert [each.gradient_checkpointing for each in model.model.layers] == [True, False]
+    assert plugin.told_of_kept(["model.layers.1"], 1) == ["the last 1 layers are not recomputed"]
+    assert plugin.told_of_kept([], 1) == ["kept_layers: nothing is checkpointed"]
+    with pytest.raises(ConfigError, match="kept_layers=3 must be at most 2, the layers that Qwen3MoeForCausalLM"):
+        plugin.keep_layers(model, 3)
+    with pytest.raises(ConfigError, match="kept_layers=-1 must be at least 0"):
+        MoEConfig(kept_layers=-1)
