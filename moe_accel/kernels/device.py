@@ -5,6 +5,7 @@
 
 import os
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,8 +42,15 @@ def use_triton(values: Tensor) -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run a kernel on the device of its first tensor, whichever is the current one."""
     first = next(each for each in args if isinstance(each, Tensor))
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+    elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
+    with torch.cuda.device(first.device) if elsewhere else nullcontext():
         kernel[grid](*args, **constants)
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU, asked for once: torch takes 20 microseconds to say."""
+    return torch.cuda.get_device_capability(device)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

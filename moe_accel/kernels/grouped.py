@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_accel.kernels.device import capability
+
 
 def grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Multiply each group of rows by its own matrix.
@@ -58,6 +60,6 @@ def _sizes(ends: Tensor) -> list[int]:
 
 def takes_torch_grouped_mm(rows: Tensor, matrices: Tensor) -> bool:
     """Whether torch has a real grouped kernel for these: bf16 on an Ampere or newer GPU, rows of whole 16 bytes."""
-    if rows.dtype != torch.bfloat16 or not rows.is_cuda or torch.cuda.get_device_capability(rows.device) < (8, 0):
+    if rows.dtype != torch.bfloat16 or not rows.is_cuda or capability(rows.device) < (8, 0):
         return False
     return rows.shape[1] % 8 == 0 and matrices.shape[2] % 8 == 0 and matrices.data_ptr() % 16 == 0
