@@ -11,7 +11,6 @@ so that every gradient says something. `moe_accel` is `Accelerator(parallelism_c
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -76,9 +75,6 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    if os.environ.get("GC_FREEZE"):
-        gc.collect()
-        gc.freeze()
     losses = [forward_backward()]
     norms = norms_by_kind(model)
     optimizer.zero_grad(set_to_none=True)
