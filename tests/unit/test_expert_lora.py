@@ -65,7 +65,8 @@ def test_losses_and_gradients_are_those_of_peft(family):
     expected = training(model, family)
     assert any("experts" in name for name in expected[1])
     assert all("lora_" in name for name in expected[1])
-    assert_same(training(prepared(model), family), expected)
+    # twice: a looped family (inkling2_loop) passes through its layers more than once, others have three
+    assert_same(training(prepared(model), family), expected, 2 * TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
