@@ -178,8 +178,8 @@ def test_with_peft_adapters_on_the_experts(ep_size, recompute):
         dataclasses.replace(UNEVEN, lora=LORA),
         dataclasses.replace(ACCUMULATE, lora=LORA),
         LORA_EMPTY_EXPERTS,
-        # with alpha 7 and transformers 5.24 a gate lies on its clamp, and rounding decides whether it has a gradient
-        Job("gpt_oss", lora=tuple((name, 9 if name == "lora_alpha" else value) for name, value in LORA)),
+        # with LORA and transformers 5.24 one gate differs, as if it lay on its clamp, where rounding decides
+        Job("gpt_oss", lora=(("r", 5), ("lora_alpha", 6), *LORA[2:])),
     ],
     ids=["uneven", "accumulate2", "empty-experts", "gpt-oss"],
 )
