@@ -314,7 +314,7 @@ def read_place(files: Files, place: Place, start: int, stop: int) -> np.ndarray:
         if not span < rows_bytes <= min(2 * BLOCK_BYTES, 8 * shape[0] * shape[1] * place.item):
             return read_strided(place.file, files.fd(place.file), at, shape, steps, place.item)
         fd = files.fd(place.file)
-        view = buffer("kept", min(rows_bytes, os.fstat(fd).st_size - at))
+        view = buffer("kept", max(span, min(rows_bytes, os.fstat(fd).st_size - at)))
         read_into(place.file, fd, view, at)
         kept = _local.kept = files, place.file, at, view
     return as_strided(np.frombuffer(kept[3][at - kept[2] :][:span], UNSIGNED[place.item]), shape, steps)

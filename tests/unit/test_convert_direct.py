@@ -151,6 +151,17 @@ def test_gate_and_up_beside_each_other_are_read_once_to_be_digested(tmp_path, mo
         )
 
 
+def test_a_file_that_became_short_is_an_error_and_not_what_lies_behind_it(tmp_path):
+    file = tmp_path / "source.safetensors"
+    random_file(file, {"in": 2 * ROWS * COLS}, 2)
+    header = read_header(file)
+    with open(file, "r+b") as stream:
+        stream.truncate(len(header.raw) + 100)
+    where = place(Region("in", 0, ROWS, COLS, 1, 2 * ROWS), header.tensors["in"], file, header.starts["in"])
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        digest(Files(), where)
+
+
 def test_what_is_kept_of_a_file_is_not_taken_for_a_later_run_of_it(tmp_path):
     file = tmp_path / "source.safetensors"
     region = Region("in", 0, ROWS, COLS, 1, 2 * ROWS)
