@@ -118,16 +118,12 @@ class Writer:
     """
 
     def __init__(self, file: Path) -> None:
-        self._file, self._direct = file, -1
-        self._fd = os.open(file, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+        self._direct = -1
+        self.fd = os.open(file, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+        """Descriptor to write with through the cache."""
         if hasattr(os, "O_DIRECT"):
             with suppress(OSError):
                 self._direct = os.open(file, os.O_WRONLY | os.O_DIRECT)
-
-    @property
-    def fd(self) -> int:
-        """Descriptor to write with through the cache."""
-        return self._fd
 
     def block(self, num_bytes: int, at: int) -> memoryview:
         """Memory for a block that `write` will put at byte `at`: pages of it lie over pages of the file."""
@@ -139,9 +135,9 @@ class Writer:
         start = min(len(block), -at % mmap.PAGESIZE)
         stop = len(block) - (len(block) - start) % mmap.PAGESIZE
         if self._direct < 0 or start >= stop:
-            return write_all(self._fd, block, at)
-        write_all(self._fd, block[:start], at)
-        write_all(self._fd, block[stop:], at + stop)
+            return write_all(self.fd, block, at)
+        write_all(self.fd, block[:start], at)
+        write_all(self.fd, block[stop:], at + stop)
         try:
             write_all(self._direct, block[start:stop], at + start)
         except OSError as error:
@@ -149,12 +145,12 @@ class Writer:
                 raise
             os.close(self._direct)
             self._direct = -1
-            write_all(self._fd, block[start:stop], at + start)
+            write_all(self.fd, block[start:stop], at + start)
         return None
 
     def close(self) -> None:
         """Close the file."""
-        for fd in (self._fd, self._direct):
+        for fd in (self.fd, self._direct):
             if fd >= 0:
                 os.close(fd)
 

@@ -160,12 +160,12 @@ class _Factors(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         a_grad, b_grad = gradients[0].transpose(1, 2), gradients[1]
         found: list[Tensor | None] = [None] * 5
-        whole = ctx.ep_size == 1
+        new = torch.empty if ctx.ep_size == 1 else torch.zeros  # of the other ranks' experts: nothing
         for at, (part, scaling) in enumerate(zip(ctx.parts, ctx.scalings, strict=True)):
             (a_shape, a_dtype), (b_shape, b_dtype) = ctx.like[2 * at : 2 * at + 2]
             rank = part.stop - part.start
-            a = a_grad.new_empty(a_shape, dtype=a_dtype) if whole else a_grad.new_zeros(a_shape, dtype=a_dtype)
-            b = b_grad.new_empty(b_shape, dtype=b_dtype) if whole else b_grad.new_zeros(b_shape, dtype=b_dtype)
+            a = new(a_shape, dtype=a_dtype, device=a_grad.device)
+            b = new(b_shape, dtype=b_dtype, device=b_grad.device)
             torch.mul(a_grad[:, part], float(ctx.ep_size), out=a.view(ctx.num_experts, rank, -1)[ctx.local])
             torch.mul(
                 b_grad[:, part].permute(2, 1, 0),

@@ -21,7 +21,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 from one_gpu import build, norms_by_kind
 from peft import LoraConfig, get_peft_model
-from qwen3 import VOCABULARY, timed_steps
+from qwen3 import VOCABULARY, profile_of, summary, timed_steps
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -83,27 +83,9 @@ def main() -> None:
     optimizer.zero_grad(set_to_none=True)
     more, times = timed_steps(step)
     losses += more
-    median_ms = times[len(times) // 2]
-    result = vars(args) | {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "median_ms": round(median_ms, 1),
-        "min_ms": round(times[0], 1),
-        "max_ms": round(times[-1], 1),
-        "tok_s": round(args.batch * args.sequence / median_ms * 1e3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "losses": [round(loss.item(), 5) for loss in losses],
-        "norms": norms,
-    }
-    print(json.dumps(result), flush=True)
+    print(json.dumps(summary(args, losses, norms, times)), flush=True)
     if args.profile:
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as prof:
-            forward_backward()
-            torch.cuda.synchronize()
-        table = prof.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70)
-        print(table, file=sys.stderr)
+        print(profile_of(forward_backward, num_rows=40, width=70), file=sys.stderr)
 
 
 if __name__ == "__main__":

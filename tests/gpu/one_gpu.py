@@ -14,7 +14,7 @@ import math
 from collections import defaultdict
 
 import torch
-from qwen3 import VOCABULARY, build_bf16, config, timed_steps
+from qwen3 import VOCABULARY, build_bf16, config, profile_of, summary, timed_steps
 
 
 def build(layers: int) -> torch.nn.Module:
@@ -77,26 +77,9 @@ def main() -> None:
     update()
     more, times = timed_steps(step)
     losses += more
-    median_ms = times[len(times) // 2]
-    result = vars(args) | {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "median_ms": round(median_ms, 1),
-        "min_ms": round(times[0], 1),
-        "max_ms": round(times[-1], 1),
-        "tok_s": round(args.batch * args.sequence / median_ms * 1e3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "losses": [round(loss.item(), 5) for loss in losses],
-        "norms": norms,
-    }
-    print(json.dumps(result), flush=True)
+    print(json.dumps(summary(args, losses, norms, times)), flush=True)
     if args.profile:
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as prof:
-            forward_backward()
-            torch.cuda.synchronize()
-        print(prof.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=80))
+        print(profile_of(forward_backward, num_rows=25, width=80))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Qwen3-30B-A3B's layer shapes, and how a training step of them is timed: what the scripts beside this file share."""
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -49,3 +50,29 @@ def timed_steps(step: Callable[[], torch.Tensor]) -> tuple[list[torch.Tensor], l
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
     return returned, sorted(times[4:])
+
+
+def summary(args: argparse.Namespace, losses: list[torch.Tensor], norms: dict[str, float], times: list[float]) -> dict:
+    """What a script prints of its steps: its arguments, the GPU, times (sorted ms), memory, losses and norms."""
+    median_ms = times[len(times) // 2]
+    return vars(args) | {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "median_ms": round(median_ms, 1),
+        "min_ms": round(times[0], 1),
+        "max_ms": round(times[-1], 1),
+        "tok_s": round(args.batch * args.sequence / median_ms * 1e3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "losses": [round(loss.item(), 5) for loss in losses],
+        "norms": norms,
+    }
+
+
+def profile_of(forward_backward: Callable[[], torch.Tensor], num_rows: int, width: int) -> str:
+    """The kernels of one forward and backward that take longest, as a table."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        forward_backward()
+        torch.cuda.synchronize()
+    return prof.key_averages().table(sort_by="self_cuda_time_total", row_limit=num_rows, max_name_column_width=width)
