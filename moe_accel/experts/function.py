@@ -33,6 +33,7 @@ class Settings:
         dispatcher: transport to the other ranks' experts; None where this rank has all of them.
         ep_size: ranks that share the experts; 1 without a dispatcher.
         ep_rank: which of them this is.
+        lean: whether backward computes the first projection again, rather than its output being kept.
         counting: whether to count `load`.
         load: [e] int64 on the device, tokens computed by each of this rank's experts so far; None while there are none.
         records: routing of the forwards that may be recomputed.
@@ -42,13 +43,14 @@ class Settings:
     dispatcher: Dispatcher | None = None
     ep_size: int = 1
     ep_rank: int = 0
+    lean: bool = False
     counting: bool = False
     load: Tensor | None = None
     records: Records = field(default_factory=Records)
 
     def __deepcopy__(self, memo: dict) -> "Settings":
         """A copied module shares the transport (process groups cannot be copied) and starts without history."""
-        return Settings(self.kernels, self.dispatcher, self.ep_size, self.ep_rank, self.counting)
+        return Settings(self.kernels, self.dispatcher, self.ep_size, self.ep_rank, self.lean, self.counting)
 
 
 _DEFAULT = Settings()
@@ -123,7 +125,7 @@ def _compute(
     up, down = (factors(module, name, settings.ep_rank, settings.ep_size) for name in projections(module))
     if settings.kernels == "reference" or routing is None:
         return reference_experts(module, x, choices, weights, norm_scale, (up, down))
-    return fused_experts(module, x, routing, weights, norm_scale, (up, down))
+    return fused_experts(module, x, routing, weights, norm_scale, (up, down), settings.lean)
 
 
 def _count(settings: Settings, routing: LocalRouting | None) -> None:

@@ -28,15 +28,17 @@ def fused_experts(
     weights: Tensor,
     norm_scale: float = 1.0,
     adapters: tuple[Factors | None, Factors | None] = (None, None),
+    lean: bool = False,
 ) -> Tensor:
     """Weighted sum of each row's experts: x [R,H], weights [R,K] -> [R,H] in the dtype of x.
 
-    `norm_scale`: see `weights.post_norm`. `adapters`: of the two projections, see `adapters.factors`.
+    `norm_scale`: see `weights.post_norm`. `adapters`: of the two projections, see `adapters.factors`. `lean`: keep less
+    for backward, where `gated.py` can.
     """
     (up, up_bias), (down, down_bias) = up_weight(module), down_weight(module)
     weight_p = pick(weights, routing)
     if why_not_gated(module) is None:
-        return gated_experts(x, up, down, weight_p, routing, *adapters)
+        return gated_experts(x, up, down, weight_p, routing, *adapters, lean=lean)
     h_ph = gather_rows(x, routing.rows)
     u_pu = _add_bias(grouped_mm(h_ph, up, routing.ends), up_bias, routing)
     a_pi = activate(module, _add(u_pu, _low_rank(h_ph, adapters[0], routing))).to(u_pu.dtype)

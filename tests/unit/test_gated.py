@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from moe_accel import experts
-from tests.families import build_tiny, experts_modules
+from moe_accel import MoEConfig, experts
+from moe_accel.experts.gated import gated_experts
+from moe_accel.experts.routing import sort_by_expert
+from tests.families import build_tiny, experts_modules, tiny_inputs, tiny_loss
 
 NUM_TOKENS, TOP_K = 40, 2
 
@@ -35,3 +38,37 @@ def test_under_autocast_values_and_gradients_are_those_of_transformers_within_bf
         assert found[1][name].dtype == expected.dtype, name
         # a handful of roundings to bf16 (2^-9 each), at other places in the two
         assert (found[1][name] - expected).norm() <= 8 * 2**-9 * expected.norm(), name
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "adapted"])
+def test_lean_experts_keep_no_projection_and_give_the_same_bits(adapted):
+    torch.manual_seed(0)
+    num_experts, width, inner, rank = 4, 8, 16, 8
+    x = torch.randn(NUM_TOKENS, width, requires_grad=True)
+    up, down = torch.randn(num_experts, width, 2 * inner), torch.randn(num_experts, inner, width)
+    weight_p = torch.rand(NUM_TOKENS * TOP_K, requires_grad=True)
+    routing = sort_by_expert(torch.randn(NUM_TOKENS, num_experts).topk(TOP_K).indices, num_experts)
+    shapes = (width, rank), (rank, 2 * inner), (inner, rank), (rank, width)
+    factors = [torch.randn(num_experts, *shape, requires_grad=True) for shape in shapes] if adapted else []
+    leaves = [x, weight_p, *factors] if adapted else [x, weight_p, up.requires_grad_(), down.requires_grad_()]
+    found, sizes = [], []
+    for lean in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda each, kept=kept: kept.append(each) or each, lambda each: each
+        ):
+            y = gated_experts(x, up, down, weight_p, routing, factors[:2] or None, factors[2:] or None, lean)
+        found.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+        sizes.append(sum(each.nbytes for each in kept))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert sizes[0] - sizes[1] == NUM_TOKENS * TOP_K * 2 * inner * x.itemsize
+
+
+def test_kept_layers_are_lean_where_the_others_are_checkpointed():
+    model = build_tiny("qwen3_moe")
+    model.gradient_checkpointing_enable()
+    expected, inputs = tiny_loss(model, tiny_inputs("qwen3_moe", 1, 2)), tiny_inputs("qwen3_moe", 1, 2)
+    accelerator = Accelerator(cpu=True, parallelism_config=MoEConfig(kept_layers=1))
+    model = accelerator.prepare(model)
+    assert [experts.settings_of(module).lean for _, module in experts_modules(model)] == [False, True]
+    torch.testing.assert_close(tiny_loss(model, inputs), expected)

@@ -128,7 +128,8 @@ def test_the_last_layers_are_kept_from_recompute():
     model.gradient_checkpointing_enable()
     assert plugin.keep_layers(model, 1) == ["model.layers.1"]
     assert [each.gradient_checkpointing for each in model.model.layers] == [True, False]
-    assert plugin.told_of_kept(["model.layers.1"], 1) == ["the last 1 layers are not recomputed"]
+    told = plugin.told_of_kept(["model.layers.1"], 1)
+    assert told == ["the last 1 layers are not recomputed, but for their experts' first projection"]
     assert plugin.told_of_kept([], 1) == ["kept_layers: nothing is checkpointed"]
     with pytest.raises(ConfigError, match="kept_layers=3 must be at most 2, the layers that Qwen3MoeForCausalLM"):
         plugin.keep_layers(model, 3)
