@@ -22,7 +22,7 @@ LAYERS = [
     {"mesh", "kernels", "cpu", "environment"},
     {"dispatch", "convert"},
     {"experts", "adapters"},
-    {"block", "lora", "loss", "shard", "checkpoint", "metrics", "estimate"},
+    {"block", "kept", "lora", "loss", "shard", "checkpoint", "metrics", "estimate"},
     {"plugin"},
     {"parallelism"},
     {"worker"},

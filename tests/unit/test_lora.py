@@ -7,9 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from moe_accel import MoEConfig, lora, plugin
-from moe_accel.errors import ConfigError
-from tests.families import build_tiny, randomise
+from moe_accel import lora
+from tests.families import randomise
 
 TOLERANCE = 90 * torch.finfo(torch.float32).eps  # see tests/dist/parity.py
 
@@ -121,16 +120,3 @@ def test_whatever_is_more_stays_with_peft(options, change):
 def test_dropout_that_is_off_is_none():
     _, _, used = both(layer(lora_dropout=0.5), lambda model: model.eval())
     assert used
-
-
-def test_the_last_layers_are_kept_from_recompute():
-    model = build_tiny("qwen3_moe")
-    model.gradient_checkpointing_enable()
-    assert plugin.keep_layers(model, 1) == ["model.layers.1"]
-    assert [each.gradient_checkpointing for each in model.model.layers] == [True, False]
-    assert plugin.told_of_kept(["model.layers.1"], 1) == ["the last 1 layers are not recomputed"]
-    assert plugin.told_of_kept([], 1) == ["kept_layers: nothing is checkpointed"]
-    with pytest.raises(ConfigError, match="kept_layers=3 must be at most 2, the layers that Qwen3MoeForCausalLM"):
-        plugin.keep_layers(model, 3)
-    with pytest.raises(ConfigError, match="kept_layers=-1 must be at least 0"):
-        MoEConfig(kept_layers=-1)
