@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
 from moe_accel.kernels.device import as_autocast
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def install(model: nn.Module) -> int:
@@ -59,10 +62,15 @@ def _plain_adapter(layer: Any) -> str | None:
     dropout = layer.lora_dropout[name]
     drops = not isinstance(dropout, nn.Identity) and dropout.training and getattr(dropout, "p", 1) > 0
     parts = layer.lora_A[name], layer.lora_B[name], layer.base_layer
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-    plain = type(layer.lora_A[name]) is nn.Linear and type(layer.lora_B[name]) is nn.Linear
+    bare = all(map(_is_bare, (*parts, dropout))) and not _has_any_global_hook()
+    plain = all(type(part) is nn.Linear for part in parts)
     biased = any(part.bias is not None for part in parts[:2])
-    return None if drops or hooked or biased or not plain else name
+    return None if drops or biased or not (bare and plain) else name
+
+
+def _is_bare(part: nn.Module) -> bool:
+    """Whether calling a module calls nothing but its class's forward: no hooks, and no forward set on it alone."""
+    return "forward" not in vars(part) and not any(getattr(part, hooks) for hooks in HOOKS)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -87,6 +88,26 @@ def add_second(model):
     model.base_model.set_adapter(["default", "second"])
 
 
+DOUBLED = {
+    "register_forward_hook": lambda _module, _inputs, output: output * 2,
+    "register_forward_pre_hook": lambda _module, inputs: (inputs[0] * 2,),
+    "register_full_backward_hook": lambda _module, inputs, _outputs: (inputs[0] * 2,),
+    "register_full_backward_pre_hook": lambda _module, outputs: (outputs[0] * 2,),
+}
+
+
+def hooked(how, part=lambda layer: layer.base_layer):
+    return lambda model: getattr(part(model.base_model.model["linear"]), how)(DOUBLED[how])
+
+
+def accelerate_hooked(model):
+    class Doubled(ModelHook):
+        def post_forward(self, module, output):
+            return output * 2
+
+    add_hook_to_module(model.base_model.model["linear"].lora_B["default"], Doubled())
+
+
 STEPS_ASIDE = {
     "disabled": ({}, lambda model: model.base_model.disable_adapter_layers()),
     "merged": ({}, lambda model: model.merge_adapter()),
@@ -95,7 +116,12 @@ STEPS_ASIDE = {
     "dora": ({"use_dora": True}, lambda _model: None),
     "biased": ({"lora_bias": True}, lambda _model: None),
     "half": ({}, lambda model: model.base_model.model["linear"].base_layer.bfloat16()),
-    "hooked": ({}, lambda model: model.base_model.model["linear"].base_layer.register_forward_hook(lambda *_a: None)),
+    "hooked": ({}, hooked("register_forward_hook")),
+    "pre-hooked": ({}, hooked("register_forward_pre_hook")),
+    "backward-hooked": ({}, hooked("register_full_backward_hook")),
+    "backward-pre-hooked": ({}, hooked("register_full_backward_pre_hook")),
+    "dropout-hooked": ({}, hooked("register_forward_hook", lambda layer: layer.lora_dropout["default"])),
+    "accelerate-hooked": ({}, accelerate_hooked),
 }
 
 
@@ -115,6 +141,18 @@ def test_whatever_is_more_stays_with_peft(options, change):
     peft, ours, used = both(layer(**options), seeded)
     assert not used
     assert_same(peft, ours, 0)
+
+
+@pytest.mark.parametrize("how", ["register_module_forward_hook", "register_module_full_backward_hook"])
+def test_with_hooks_on_all_modules_of_the_process_it_stays_with_peft(how):
+    calls = []
+    handle = getattr(nn.modules.module, how)(lambda module, *_args: calls.append(type(module).__name__))
+    try:
+        _, _, used = both(layer())
+    finally:
+        handle.remove()
+    assert not used
+    assert calls.count("Linear") == 2 * 4  # LoRA's own Linear, its base layer, A and B; by PEFT and by us
 
 
 def test_dropout_that_is_off_is_none():
