@@ -7,7 +7,6 @@ parameters and names stay PEFT's; whatever is more than one plain adapter on an 
 Sizes: N rows, r rank.
 """
 
-import types
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from moe_accel.kernels.device import as_autocast
+from moe_accel.swap import become
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -26,8 +26,7 @@ def install(model: nn.Module) -> int:
     """Let PEFT's LoRA layers around `nn.Linear` compute with `lora_linear`; returns how many there are."""
     layers: list[Any] = [each for each in model.modules() if _is_lora_linear(each)]
     for layer in layers:
-        if "forward" not in vars(layer):
-            layer.forward = types.MethodType(_forward, layer)
+        become(layer, _Fused)
     return len(layers)
 
 
@@ -35,20 +34,24 @@ def _is_lora_linear(module: nn.Module) -> bool:
     kind = type(module)
     if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
         return False
-    return type(module.base_layer) is nn.Linear
+    return "forward" not in vars(module) and type(module.base_layer) is nn.Linear
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    name = None if args or kwargs or torch.compiler.is_compiling() else _plain_adapter(layer)
-    if name is None:
-        return type(layer).forward(layer, x, *args, **kwargs)
-    base = layer.base_layer
-    operands = x, base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
-    x, weight, a, b = as_autocast(*operands)
-    alike = x.dtype == weight.dtype == a.dtype == b.dtype
-    if not alike or any(isinstance(each, DTensor) for each in operands):
-        return type(layer).forward(layer, *operands[:1])
-    return lora_linear(x, weight, base.bias, a, b, layer.scaling[name])
+class _Fused(nn.Module):
+    """What a LoRA layer of PEFT does instead."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One product with the other in it, where it is one plain adapter; else PEFT's own."""
+        name = None if args or kwargs or torch.compiler.is_compiling() else _plain_adapter(self)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        operands = x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight
+        x_, weight, a, b = as_autocast(*operands)
+        alike = x_.dtype == weight.dtype == a.dtype == b.dtype
+        if not alike or any(isinstance(each, DTensor) for each in operands):
+            return super().forward(x)
+        return lora_linear(x_, weight, base.bias, a, b, self.scaling[name])
 
 
 def _plain_adapter(layer: Any) -> str | None:

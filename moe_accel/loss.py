@@ -5,7 +5,6 @@ not yet multiplied. Transformers' loss calls `float()`, `view()` and `cross_entr
 `linear_cross_entropy`. Whoever does anything else with them gets the logits: computed then, as usual, and kept.
 """
 
-import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils._pytree import register_pytree_node
 from moe_accel.kernels.cross_entropy import linear_cross_entropy
 from moe_accel.kernels.device import as_autocast, autocast_dtype
 from moe_accel.report import Choice
+from moe_accel.swap import become, own_class
 
 
 def install(model: nn.Module, precision: str = "no") -> Choice:
@@ -28,15 +28,16 @@ def install(model: nn.Module, precision: str = "no") -> Choice:
         precision: accelerate's `mixed_precision`.
     """
     head = _head(model) if hasattr(model, "get_output_embeddings") else None
-    if type(head) is not nn.Linear:
+    if head is None or own_class(head) is not nn.Linear:
         return Choice("native", f"the output layer is {'missing' if head is None else type(head).__name__}")
     if head.bias is not None:
         return Choice("native", "the output layer has a bias")
     if precision == "fp16" or head.weight.dtype == torch.float16:
         return Choice("native", "fp16 would lose small gradients before a GradScaler multiplies them")
-    if "forward" not in vars(head):
-        head._moe_accel_defer = False  # pyright: ignore[reportArgumentType]
-        head.forward = types.MethodType(_forward, head)
+    if "forward" in vars(head):
+        return Choice("native", "somebody else replaced the output layer's forward")
+    if not isinstance(head, _Deferring):
+        become(head, _Deferring)
         model.register_forward_pre_hook(_before, with_kwargs=True)
         model.register_forward_hook(_after, always_call=True)
     return Choice("fused", "output layer and cross-entropy together, never all logits, where labels are given")
@@ -55,14 +56,20 @@ def _head(model: nn.Module) -> Any:
     return model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
 
 
-def _forward(head: Any, input: Tensor) -> "Tensor | DeferredLogits":
-    # fp16: the gradient of the logits, divided by the number of rows, is computed before backward brings a GradScaler's
-    # factor; without the division, the sum over rows that is the weight's gradient could overflow.
-    fp16 = (autocast_dtype(input.device) or input.dtype) == torch.float16
-    if head._moe_accel_defer and not fp16 and not isinstance(head.weight, DTensor):
-        operands = as_autocast(input, head.weight)  # as autocast is now, not where the logits are asked for
-        return DeferredLogits(*_Pass.apply(*operands))  # pyright: ignore[reportGeneralTypeIssues]
-    return functional.linear(input, head.weight)
+class _Deferring(nn.Linear):
+    """What the output layer does instead; how, is said for each call of the model."""
+
+    _moe_accel_defer = False
+
+    def forward(self, input: Tensor) -> "Tensor | DeferredLogits":
+        """The logits, or what they are made of."""
+        # fp16: the gradient of the logits, divided by the number of rows, is computed before backward brings a
+        # GradScaler's factor; without the division, the sum over rows that is the weight's gradient could overflow.
+        fp16 = (autocast_dtype(input.device) or input.dtype) == torch.float16
+        if self._moe_accel_defer and not fp16 and not isinstance(self.weight, DTensor):
+            operands = as_autocast(input, self.weight)  # as autocast is now, not where the logits are asked for
+            return DeferredLogits(*_Pass.apply(*operands))  # pyright: ignore[reportGeneralTypeIssues]
+        return functional.linear(input, self.weight)
 
 
 class _Pass(torch.autograd.Function):

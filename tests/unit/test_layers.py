@@ -18,7 +18,7 @@ PACKAGE = Path(moe_accel.__file__).parent
 
 LAYERS = [
     {"version", "errors"},
-    {"config", "hooks", "versions", "report"},
+    {"config", "hooks", "versions", "report", "swap"},
     {"mesh", "kernels", "cpu", "environment"},
     {"dispatch", "convert"},
     {"experts", "adapters"},

@@ -196,7 +196,7 @@ def test_logits_asked_for_after_autocast_are_those_computed_under_it():
     torch.testing.assert_close(found, cross_entropy_of(expected), rtol=1e-6, atol=0)  # both sum bf16 products in fp32
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
     with torch.autocast("cpu", torch.bfloat16):
-        logits = loss._forward(deferred.lm_head.to(torch.bfloat16), torch.ones(2, deferred.config.hidden_size))
+        logits = deferred.lm_head.to(torch.bfloat16)(torch.ones(2, deferred.config.hidden_size))
     assert logits.dtype == torch.bfloat16
     assert (logits + 1).dtype == torch.bfloat16
 
@@ -280,3 +280,18 @@ def test_computed_logits_leave_a_layer_as_a_tensor():
     output.logits[..., 5] = 0
     cast = tree_map(lambda value: value.float() if isinstance(value, torch.Tensor) else value, output)
     assert torch.equal(cast.logits, output.logits.tensor().float())
+
+
+def test_an_output_layer_with_a_forward_of_its_own_keeps_it_and_the_report_says_so():
+    model = build_tiny("qwen3_moe")
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda x: 2 * own(x)
+    expected = model(input_ids=TOKENS, labels=LABELS).loss
+    assert loss.install(model).value == "native"
+    assert torch.equal(model(input_ids=TOKENS, labels=LABELS).loss, expected)
+
+
+def test_installing_twice_is_still_fused_and_hooks_once():
+    model = build_tiny("qwen3_moe")
+    assert [loss.install(model).value for _ in range(2)] == ["fused", "fused"]
+    assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == (1, 1)
