@@ -249,14 +249,22 @@ for _name in (*_ARITHMETIC, *_IN_PLACE, "getitem", "lt", "le", "gt", "ge", "eq",
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 
 
-def _cross_entropy(input: Any, target: Any, weight: Any = None, **options: Any) -> Tensor | None:
+def _cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
     """`functional.cross_entropy` of deferred logits; None where it asks for more than the kernel knows."""
-    reduction, ignore_index = options.pop("reduction", "mean"), options.pop("ignore_index", -100)
     deferred = isinstance(input, DeferredLogits) and input.known() is None
-    plain = deferred and input.hidden.ndim == 2 and isinstance(target, Tensor)
-    if not plain or weight is not None or target.is_floating_point() or reduction not in ("mean", "sum"):
+    plain = deferred and input.hidden.ndim == 2 and isinstance(target, Tensor) and target.shape == input.shape[:1]
+    if not plain or target.dtype != torch.int64 or reduction not in ("mean", "sum"):
         return None
-    if any(options.values()):  # label_smoothing
+    if weight is not None or label_smoothing or not (size_average is None and reduce is None):
         return None
     divisor = torch.ones((), device=input.device) if reduction == "sum" else None
     with torch.autocast(input.device.type, enabled=False):

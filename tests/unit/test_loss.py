@@ -295,3 +295,33 @@ def test_installing_twice_is_still_fused_and_hooks_once():
     model = build_tiny("qwen3_moe")
     assert [loss.install(model).value for _ in range(2)] == ["fused", "fused"]
     assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == (1, 1)
+
+
+LEGACY = {
+    "size-average-off": {"size_average": False},
+    "reduce-off": {"reduce": False},
+    "smoothing": {"label_smoothing": 0.1},
+    "none": {"reduction": "none"},
+    "sum": {"reduction": "sum"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
+@pytest.mark.parametrize("options", LEGACY.values(), ids=LEGACY)
+def test_every_option_of_torchs_cross_entropy_is_heeded(options):
+    _, deferred, _ = pair()
+    logits = deferred(input_ids=TOKENS, labels=LABELS).logits.view(-1, VOCABULARY)
+    assert isinstance(logits, loss.DeferredLogits)
+    found = functional.cross_entropy(logits, LABELS.view(-1), **options)
+    torch.testing.assert_close(found, functional.cross_entropy(logits.tensor(), LABELS.view(-1), **options))
+
+
+def test_options_by_their_place_and_labels_of_another_size_are_as_torch_has_them():
+    _, deferred, _ = pair()
+    logits = deferred(input_ids=TOKENS, labels=LABELS).logits.view(-1, VOCABULARY)
+    ignore_index = int(TOKENS[0, 0])
+    given = TOKENS.view(-1), None, None, ignore_index
+    found = functional.cross_entropy(logits, *given)
+    with pytest.raises(ValueError, match=r"^Expected input batch_size \(18\) to match target batch_size \(17\)"):
+        functional.cross_entropy(logits, TOKENS.view(-1)[1:])
+    torch.testing.assert_close(found, functional.cross_entropy(logits.tensor(), *given))
