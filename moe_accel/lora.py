@@ -22,12 +22,32 @@ from moe_accel.swap import become
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def install(model: nn.Module) -> int:
-    """Let PEFT's LoRA layers around `nn.Linear` compute with `lora_linear`; returns how many there are."""
+def install(model: nn.Module) -> tuple[int, dict[str, int]]:
+    """Let PEFT's LoRA layers around `nn.Linear` compute with `lora_linear` where they can.
+
+    Returns:
+        How many layers do so in training as they are now; and how many stay with PEFT there, by the reason.
+    """
     layers: list[Any] = [each for each in model.modules() if _is_lora_linear(each)]
+    reasons: dict[str, int] = {}
     for layer in layers:
         become(layer, _Fused)
-    return len(layers)
+        if reason := _why_with_peft(layer):
+            reasons[reason] = reasons.get(reason, 0) + 1
+    return len(layers) - sum(reasons.values()), reasons
+
+
+def _why_with_peft(layer: Any) -> str | None:
+    """What a user has chosen that `lora_linear` does not compute in training; None: it computes the layer."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1:
+        return f"{len(active)} active adapters"
+    name = active[0]
+    if name in layer.lora_variant:
+        return type(layer.lora_variant[name]).__name__
+    if getattr(layer.lora_dropout[name], "p", 0) > 0:
+        return "lora_dropout"
+    return "lora_bias" if layer.lora_B[name].bias is not None else None
 
 
 def _is_lora_linear(module: nn.Module) -> bool:

@@ -198,8 +198,11 @@ def choose_rest(kernels: Choice, model: nn.Module, accelerator: Accelerator) -> 
 
 def told_of_lora(kernels: Choice, model: nn.Module) -> list[str]:
     """Let LoRA on linear layers be computed in one function, where kernels are not asked to be as transformers has."""
-    num_layers = 0 if kernels.value == "reference" else lora.install(model)
-    return [f"LoRA on {num_layers} linear layers added into their products"] if num_layers else []
+    if kernels.value == "reference":
+        return []
+    num_layers, reasons = lora.install(model)
+    said = [f"LoRA on {num_layers} linear layers added into their products"] if num_layers else []
+    return said + [f"LoRA on {num} linear layers computed by PEFT in training: {why}" for why, num in reasons.items()]
 
 
 def choose_dispatcher(asked: str, ep_size: int) -> Choice:

@@ -8,7 +8,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from moe_accel import lora
+from moe_accel import lora, plugin
+from moe_accel.report import Choice
 from tests.families import randomise
 
 TOLERANCE = 90 * torch.finfo(torch.float32).eps  # see tests/dist/parity.py
@@ -41,7 +42,7 @@ def both(model, change=lambda _model: None, autocast=False):
     for ours in (False, True):
         each = copy.deepcopy(model)
         if ours:
-            assert lora.install(each) == 1
+            lora.install(each)
         change(each)
         x = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
         torch.manual_seed(5)  # of dropout
@@ -134,7 +135,7 @@ def test_whatever_is_more_stays_with_peft(options, change):
     if change is STEPS_ASIDE["half"][1]:
         model = layer(**options)
         change(model)
-        assert lora.install(model) == 1
+        lora.install(model)
         x = torch.randn(2, 6, dtype=torch.bfloat16)
         assert model.base_model.model["linear"](x).dtype == torch.bfloat16
         return
@@ -158,3 +159,37 @@ def test_with_hooks_on_all_modules_of_the_process_it_stays_with_peft(how):
 def test_dropout_that_is_off_is_none():
     _, _, used = both(layer(lora_dropout=0.5), lambda model: model.eval())
     assert used
+
+
+SAID = {
+    "plain": ({}, (1, {})),
+    "dropout": ({"lora_dropout": 0.05}, (0, {"lora_dropout": 1})),
+    "dora": ({"use_dora": True}, (0, {"DoraLinearVariant": 1})),
+    "biased": ({"lora_bias": True}, (0, {"lora_bias": 1})),
+}
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize(("options", "said"), SAID.values(), ids=SAID)
+def test_what_is_said_is_what_happens_in_training(options, said, mode):
+    """Whatever mode the model is in when it is prepared."""
+    model = layer(**options).train(mode)
+    assert lora.install(copy.deepcopy(model)) == said
+    *_, used = both(model.train())
+    assert used == bool(said[0])
+
+
+def test_two_active_adapters_are_said():
+    model = layer()
+    add_second(model)
+    assert lora.install(model) == (0, {"2 active adapters": 1})
+    model.base_model.set_adapter("second")
+    assert lora.install(model) == (1, {})
+
+
+def test_the_report_names_what_stays_with_peft():
+    kernels = Choice("fused", "asked for")
+    said = plugin.told_of_lora(kernels, layer(lora_dropout=0.05))
+    assert said == ["LoRA on 1 linear layers computed by PEFT in training: lora_dropout"]
+    assert plugin.told_of_lora(kernels, layer()) == ["LoRA on 1 linear layers added into their products"]
+    assert plugin.told_of_lora(Choice("reference", "asked for"), layer()) == []
