@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_accel.errors import ConfigError
+from moe_accel.experts import is_decorated
 from moe_accel.hooks import wrap
 
 _MARK = "_moe_accel_kept"
@@ -39,7 +40,7 @@ def keep_layers(model: nn.Module, num_kept: int, fsdp_plugin: Any = None) -> lis
     """
     if not num_kept:
         return []
-    layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    layers = _layers(model)
     if num_kept > len(layers):
         raise ConfigError(
             f"kept_layers={num_kept} must be at most {len(layers)}, the layers that {type(model).__name__} checkpoints"
@@ -59,6 +60,13 @@ def keep_layers(model: nn.Module, num_kept: int, fsdp_plugin: Any = None) -> lis
     if on:
         return [f"kept_layers: {which} of {len(layers)} will not be recomputed"]
     return [f"kept_layers: nothing is checkpointed so far; if it is later, {which} of {len(layers)} will be left out"]
+
+
+def _layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Layers that are checkpointed, in order, of the lists that have experts: no vision tower, which may come last."""
+    named = [(name, each) for name, each in model.named_modules() if isinstance(each, GradientCheckpointingLayer)]
+    lists = {name.rpartition(".")[0] for name, layer in named if any(map(is_decorated, layer.modules()))}
+    return [layer for name, layer in named if name.rpartition(".")[0] in lists]
 
 
 def _is_kept(module: nn.Module) -> bool:

@@ -134,3 +134,13 @@ def test_gradients_are_the_same():
         tiny_loss(model, tiny_inputs("qwen3_moe")).backward()
         found.append({name: each.grad for name, each in model.named_parameters()})
     assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
+def test_the_last_layers_are_those_of_the_language_model_where_a_vision_tower_comes_after_it():
+    model = build_tiny("ernie4_5_vl_moe")
+    kept.keep_layers(model, 1)
+    model.gradient_checkpointing_enable()
+    on = [
+        each.gradient_checkpointing for each in (*model.model.language_model.layers, *model.model.vision_tower.blocks)
+    ]
+    assert on == [True, False, True]
