@@ -18,6 +18,7 @@ from moe_accel.kernels.device import HAS_TRITON, use_triton
 from moe_accel.kernels.rms_norm import normalise_torch, rms_norm
 from moe_accel.kernels.rope import rotate, rotate_torch
 from moe_accel.report import Choice
+from moe_accel.swap import become
 
 ROTATION = "apply_rotary_pos_emb"
 _in_fused_attention: ContextVar[bool] = ContextVar("in_fused_attention", default=False)
@@ -36,10 +37,12 @@ def install(model: nn.Module, device: torch.device) -> Choice:
 
 def fuse_norm(module: Any) -> bool:
     """Let one norm compute with `rms_norm`, if it is one; returns whether it does."""
-    offset = offset_of(module)
-    if offset is not None and "forward" not in vars(module):
+    if isinstance(module, _FusedNorm):
+        return True
+    offset = None if "forward" in vars(module) else offset_of(module)
+    if offset is not None:
         module._moe_accel_norm = (_eps(module), offset)
-        module.forward = types.MethodType(_normed, module)
+        become(module, _FusedNorm)
     return offset is not None
 
 
@@ -71,15 +74,19 @@ def _eps(module: Any) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
-def _normed(module: Any, *args: Any, **kwargs: Any) -> Tensor:
-    if torch.compiler.is_compiling():  # the compiler fuses a norm by itself
-        return type(module).forward(module, *args, **kwargs)
-    if len(args) != 1 or kwargs:  # its own name for x
-        args = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[1:]
-    (x,) = args
-    if not use_triton(x):
-        return type(module).forward(module, x)
-    return rms_norm(x, module.weight, *module._moe_accel_norm)
+class _FusedNorm(nn.Module):
+    """What a norm does instead."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The kernel, where it is one tensor on a GPU; else the norm's own."""
+        if torch.compiler.is_compiling():  # the compiler fuses a norm by itself
+            return super().forward(*args, **kwargs)
+        if len(args) != 1 or kwargs:  # its own name for x
+            args = inspect.signature(super().forward).bind(*args, **kwargs).args
+        (x,) = args
+        if not use_triton(x):
+            return super().forward(x)
+        return rms_norm(x, self.weight, *self._moe_accel_norm)
 
 
 def fuse_rotations(model: nn.Module) -> bool:

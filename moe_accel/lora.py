@@ -7,7 +7,6 @@ parameters and names stay PEFT's; whatever is more than one plain adapter on an 
 Sizes: N rows, r rank.
 """
 
-import types
 from typing import Any
 
 import torch
@@ -15,37 +14,64 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
 from moe_accel.kernels.device import as_autocast
+from moe_accel.swap import become
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def install(model: nn.Module) -> int:
-    """Let PEFT's LoRA layers around `nn.Linear` compute with `lora_linear`; returns how many there are."""
+def install(model: nn.Module) -> tuple[int, dict[str, int]]:
+    """Let PEFT's LoRA layers around `nn.Linear` compute with `lora_linear` where they can.
+
+    Returns:
+        How many layers do so in training as they are now; and how many stay with PEFT there, by the reason.
+    """
     layers: list[Any] = [each for each in model.modules() if _is_lora_linear(each)]
+    reasons: dict[str, int] = {}
     for layer in layers:
-        if "forward" not in vars(layer):
-            layer.forward = types.MethodType(_forward, layer)
-    return len(layers)
+        become(layer, _Fused)
+        if reason := _why_with_peft(layer):
+            reasons[reason] = reasons.get(reason, 0) + 1
+    return len(layers) - sum(reasons.values()), reasons
+
+
+def _why_with_peft(layer: Any) -> str | None:
+    """What a user has chosen that `lora_linear` does not compute in training; None: it computes the layer."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1:
+        return f"{len(active)} active adapters"
+    name = active[0]
+    if name in layer.lora_variant:
+        return type(layer.lora_variant[name]).__name__
+    if getattr(layer.lora_dropout[name], "p", 0) > 0:
+        return "lora_dropout"
+    return "lora_bias" if layer.lora_B[name].bias is not None else None
 
 
 def _is_lora_linear(module: nn.Module) -> bool:
     kind = type(module)
     if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
         return False
-    return type(module.base_layer) is nn.Linear
+    return "forward" not in vars(module) and type(module.base_layer) is nn.Linear
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    name = None if args or kwargs or torch.compiler.is_compiling() else _plain_adapter(layer)
-    if name is None:
-        return type(layer).forward(layer, x, *args, **kwargs)
-    base = layer.base_layer
-    operands = x, base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
-    x, weight, a, b = as_autocast(*operands)
-    alike = x.dtype == weight.dtype == a.dtype == b.dtype
-    if not alike or any(isinstance(each, DTensor) for each in operands):
-        return type(layer).forward(layer, *operands[:1])
-    return lora_linear(x, weight, base.bias, a, b, layer.scaling[name])
+class _Fused(nn.Module):
+    """What a LoRA layer of PEFT does instead."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One product with the other in it, where it is one plain adapter; else PEFT's own."""
+        name = None if args or kwargs or torch.compiler.is_compiling() else _plain_adapter(self)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        operands = x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight
+        x_, weight, a, b = as_autocast(*operands)
+        alike = x_.dtype == weight.dtype == a.dtype == b.dtype
+        if not alike or any(isinstance(each, DTensor) for each in operands):
+            return super().forward(x)
+        return lora_linear(x_, weight, base.bias, a, b, self.scaling[name])
 
 
 def _plain_adapter(layer: Any) -> str | None:
@@ -59,10 +85,15 @@ def _plain_adapter(layer: Any) -> str | None:
     dropout = layer.lora_dropout[name]
     drops = not isinstance(dropout, nn.Identity) and dropout.training and getattr(dropout, "p", 1) > 0
     parts = layer.lora_A[name], layer.lora_B[name], layer.base_layer
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-    plain = type(layer.lora_A[name]) is nn.Linear and type(layer.lora_B[name]) is nn.Linear
+    bare = all(map(_is_bare, (*parts, dropout))) and not _has_any_global_hook()
+    plain = all(type(part) is nn.Linear for part in parts)
     biased = any(part.bias is not None for part in parts[:2])
-    return None if drops or hooked or biased or not plain else name
+    return None if drops or biased or not (bare and plain) else name
+
+
+def _is_bare(part: nn.Module) -> bool:
+    """Whether calling a module calls nothing but its class's forward: no hooks, and no forward set on it alone."""
+    return "forward" not in vars(part) and not any(getattr(part, hooks) for hooks in HOOKS)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:

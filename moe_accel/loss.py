@@ -5,7 +5,6 @@ not yet multiplied. Transformers' loss calls `float()`, `view()` and `cross_entr
 `linear_cross_entropy`. Whoever does anything else with them gets the logits: computed then, as usual, and kept.
 """
 
-import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils._pytree import register_pytree_node
 from moe_accel.kernels.cross_entropy import linear_cross_entropy
 from moe_accel.kernels.device import as_autocast, autocast_dtype
 from moe_accel.report import Choice
+from moe_accel.swap import become, own_class
 
 
 def install(model: nn.Module, precision: str = "no") -> Choice:
@@ -28,15 +28,16 @@ def install(model: nn.Module, precision: str = "no") -> Choice:
         precision: accelerate's `mixed_precision`.
     """
     head = _head(model) if hasattr(model, "get_output_embeddings") else None
-    if type(head) is not nn.Linear:
+    if head is None or own_class(head) is not nn.Linear:
         return Choice("native", f"the output layer is {'missing' if head is None else type(head).__name__}")
     if head.bias is not None:
         return Choice("native", "the output layer has a bias")
     if precision == "fp16" or head.weight.dtype == torch.float16:
         return Choice("native", "fp16 would lose small gradients before a GradScaler multiplies them")
-    if "forward" not in vars(head):
-        head._moe_accel_defer = False  # pyright: ignore[reportArgumentType]
-        head.forward = types.MethodType(_forward, head)
+    if "forward" in vars(head):
+        return Choice("native", "somebody else replaced the output layer's forward")
+    if not isinstance(head, _Deferring):
+        become(head, _Deferring)
         model.register_forward_pre_hook(_before, with_kwargs=True)
         model.register_forward_hook(_after, always_call=True)
     return Choice("fused", "output layer and cross-entropy together, never all logits, where labels are given")
@@ -55,14 +56,20 @@ def _head(model: nn.Module) -> Any:
     return model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
 
 
-def _forward(head: Any, input: Tensor) -> "Tensor | DeferredLogits":
-    # fp16: the gradient of the logits, divided by the number of rows, is computed before backward brings a GradScaler's
-    # factor; without the division, the sum over rows that is the weight's gradient could overflow.
-    fp16 = (autocast_dtype(input.device) or input.dtype) == torch.float16
-    if head._moe_accel_defer and not fp16 and not isinstance(head.weight, DTensor):
-        operands = as_autocast(input, head.weight)  # as autocast is now, not where the logits are asked for
-        return DeferredLogits(*_Pass.apply(*operands))  # pyright: ignore[reportGeneralTypeIssues]
-    return functional.linear(input, head.weight)
+class _Deferring(nn.Linear):
+    """What the output layer does instead; how, is said for each call of the model."""
+
+    _moe_accel_defer = False
+
+    def forward(self, input: Tensor) -> "Tensor | DeferredLogits":
+        """The logits, or what they are made of."""
+        # fp16: the gradient of the logits, divided by the number of rows, is computed before backward brings a
+        # GradScaler's factor; without the division, the sum over rows that is the weight's gradient could overflow.
+        fp16 = (autocast_dtype(input.device) or input.dtype) == torch.float16
+        if self._moe_accel_defer and not fp16 and not isinstance(self.weight, DTensor):
+            operands = as_autocast(input, self.weight)  # as autocast is now, not where the logits are asked for
+            return DeferredLogits(*_Pass.apply(*operands))  # pyright: ignore[reportGeneralTypeIssues]
+        return functional.linear(input, self.weight)
 
 
 class _Pass(torch.autograd.Function):
@@ -242,14 +249,22 @@ for _name in (*_ARITHMETIC, *_IN_PLACE, "getitem", "lt", "le", "gt", "ge", "eq",
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 
 
-def _cross_entropy(input: Any, target: Any, weight: Any = None, **options: Any) -> Tensor | None:
+def _cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
     """`functional.cross_entropy` of deferred logits; None where it asks for more than the kernel knows."""
-    reduction, ignore_index = options.pop("reduction", "mean"), options.pop("ignore_index", -100)
     deferred = isinstance(input, DeferredLogits) and input.known() is None
-    plain = deferred and input.hidden.ndim == 2 and isinstance(target, Tensor)
-    if not plain or weight is not None or target.is_floating_point() or reduction not in ("mean", "sum"):
+    plain = deferred and input.hidden.ndim == 2 and isinstance(target, Tensor) and target.shape == input.shape[:1]
+    if not plain or target.dtype != torch.int64 or reduction not in ("mean", "sum"):
         return None
-    if any(options.values()):  # label_smoothing
+    if weight is not None or label_smoothing or not (size_average is None and reduce is None):
         return None
     divisor = torch.ones((), device=input.device) if reduction == "sum" else None
     with torch.autocast(input.device.type, enabled=False):

@@ -20,9 +20,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moe_accel import block, checkpoint, experts, lora, loss
+from moe_accel import block, checkpoint, experts, kept, lora, loss
 from moe_accel.dispatch import AllToAll
 from moe_accel.errors import ConfigError, DependencyError, UnsupportedModelError
 from moe_accel.hooks import wrap
@@ -48,6 +47,7 @@ def install(accelerator: Accelerator) -> None:
     experts.register()
     _installed.setdefault(accelerator, [])
     checkpoint.install(accelerator)
+    kept.install()
     wrap(Accelerator, "prepare", _prepare)
     wrap(Accelerator, "prepare_model", _prepare_model)
     wrap(accelerate.accelerator, "fsdp2_prepare_model", _fsdp2_prepare_model)
@@ -128,13 +128,17 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     adapted = experts.install_adapters(model, found)
     checkpoint.install_on_model(accelerator, _unwrapped(model))
     absent = forget_absent_layers(_unwrapped(model))
+    fsdp_plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    kept_said = kept.keep_layers(_unwrapped(model), config.kept_layers, fsdp_plugin)
 
     kernels = choose_kernels(config.kernels, accelerator.device)
     dispatcher = choose_dispatcher(config.dispatcher, config.ep_size)
+    lean = kept.kept_experts(_unwrapped(model))
     for _, module in found:
         transport = _transport(config, module.num_experts) if config.ep_size > 1 else None
         ep_rank = transport.rank if transport else 0
-        experts.install(module, experts.Settings(kernels.value, transport, config.ep_size, ep_rank))
+        settings = experts.Settings(kernels.value, transport, config.ep_size, ep_rank, lean=module in lean)
+        experts.install(module, settings)
     counts = list(experts.expert_parameter_counts(found))
     sizes = sorted({module.num_experts for _, module in found})
     return Report(
@@ -152,7 +156,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         notes=(
             *experts.told_of_adapters(model, found, adapted),
             *told_of_lora(kernels, model),
-            *told_of_kept(keep_layers(_unwrapped(model), config.kept_layers), config.kept_layers),
+            *kept_said,
             *(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),
         ),
     )
@@ -196,39 +200,11 @@ def choose_rest(kernels: Choice, model: nn.Module, accelerator: Accelerator) -> 
 
 def told_of_lora(kernels: Choice, model: nn.Module) -> list[str]:
     """Let LoRA on linear layers be computed in one function, where kernels are not asked to be as transformers has."""
-    num_layers = 0 if kernels.value == "reference" else lora.install(model)
-    return [f"LoRA on {num_layers} linear layers added into their products"] if num_layers else []
-
-
-def keep_layers(model: nn.Module, num_kept: int) -> list[str]:
-    """Switch gradient checkpointing off in the last layers, by transformers' own switch; returns their names.
-
-    Their experts keep less for backward (`lean`): a GiB is better spent on another layer than on that one output.
-
-    Raises:
-        ConfigError: the model has fewer layers.
-    """
-    layers = [(name, each) for name, each in model.named_modules() if isinstance(each, GradientCheckpointingLayer)]
-    if num_kept > len(layers):
-        raise ConfigError(
-            f"kept_layers={num_kept} must be at most {len(layers)}, the layers that {type(model).__name__} checkpoints"
-        )
-    kept = layers[len(layers) - num_kept :]
-    switched = [name for name, layer in kept if layer.gradient_checkpointing]
-    for name, layer in kept:
-        layer.gradient_checkpointing = False
-        for module in layer.modules() if name in switched else ():
-            if hasattr(module, "_moe_accel"):
-                experts.settings_of(module).lean = True
-    return switched
-
-
-def told_of_kept(switched: list[str], num_kept: int) -> list[str]:
-    """What the report says of `kept_layers`."""
-    if not num_kept:
+    if kernels.value == "reference":
         return []
-    kept = f"the last {num_kept} layers are not recomputed, but for their experts' first projection"
-    return [kept if switched else "kept_layers: nothing is checkpointed"]
+    num_layers, reasons = lora.install(model)
+    said = [f"LoRA on {num_layers} linear layers added into their products"] if num_layers else []
+    return said + [f"LoRA on {num} linear layers computed by PEFT in training: {why}" for why, num in reasons.items()]
 
 
 def choose_dispatcher(asked: str, ep_size: int) -> Choice:

@@ -18,6 +18,8 @@ from moe_accel.report import short
 
 NOT_ATTENTION = ("norm.", "hyper_connection.", "indexer.")
 """Parts of a layer with linear layers that mix no tokens, or choose which are mixed: small, and left alone."""
+PARTS = {"gate_up_proj": 0, "gate_proj": 0, "up_proj": 0, "w1": 0, "w3": 0, "down_proj": 1, "w2": 1}
+"""What experts' projections are called, stacked or not, and whether that is the first or the second."""
 HINT = "peft_config = moe_accel.expert_lora_config(model, r=16) names what this model has"
 
 
@@ -136,7 +138,7 @@ def told_of_adapters(model: nn.Module, experts: list[tuple[str, Any]], adapted: 
     if not isinstance(configs, dict) or not configs:
         return []
     for adapter, config in configs.items():
-        _refuse_unreached(model, experts, adapter, config)
+        _refuse_unreached(model, experts, adapted, adapter, config)
     frozen = [each.name for each in adapted if not each.trainable]
     if frozen and any(parameter.requires_grad for parameter in model.parameters()):
         raise UnsupportedModelError(
@@ -154,28 +156,63 @@ def told_of_adapters(model: nn.Module, experts: list[tuple[str, Any]], adapted: 
     return [f"{said}{short(size)} parameters of all adapters are trained"]
 
 
-def _refuse_unreached(model: nn.Module, experts: list[tuple[str, Any]], adapter: str, config: Any) -> None:
-    names = [_plain(name) for name, _ in model.named_parameters(remove_duplicate=False)]
-    reached = {f"{_plain(name)}.{each}" for name, module in experts for each in projections(module)}
+def _refuse_unreached(
+    model: nn.Module, experts: list[tuple[str, Any]], adapted: list[Adapted], adapter: str, config: Any
+) -> None:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    names = {_plain(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    names |= {f"{_plain(name)}.{each}" for name, module in experts for each in projections(module)}
     for target in getattr(config, "target_parameters", None) or ():
-        of_experts = [name for name in reached if name == target or name.endswith(f".{target}")]
-        others = any(name == target or name.endswith(f".{target}") for name in names)
-        if not of_experts and not others:
+        if not any(_ends(name, target) for name in names):
             raise UnsupportedModelError(
                 f"adapter {adapter!r}: target_parameters names {target!r}, which no parameter of the model is called",
                 HINT,
             )
     targets = getattr(config, "target_modules", None) or ()
-    asked = [each for each in ([targets] if isinstance(targets, str) else targets) if "experts" in each]
-    asked = [each for each in asked if "shared_experts" not in each]
-    if asked and not getattr(config, "target_parameters", None):
-        raise UnsupportedModelError(
-            f"adapter {adapter!r}: target_modules names {sorted(asked)[0]!r}, but the routed experts of this model are "
-            "stacked parameters, which target_modules does not reach: they would stay as they are",
-            HINT,
-        )
+    if not isinstance(targets, str):
+        modules = [_plain(name) for name, _ in model.named_modules()]
+        targets = sorted(each for each in targets if not any(_ends(name, each) for name in modules))
+    with_adapter = {(each.name, of) for each in adapted for of, ranks in each.ranks.items() if adapter in ranks}
+    for name, module in experts:
+        for target, key in _names_of_experts(targets, _plain(name), module):
+            part = PARTS.get(key.rpartition(".")[2])
+            meant = projections(module) if part is None else (projections(module)[part],)
+            if any((name, each) in with_adapter for each in meant) or not check_target_module_exists(config, key):
+                continue
+            raise UnsupportedModelError(
+                f"adapter {adapter!r}: target_modules names {target!r}, but {_plain(name)} has stacked parameters, "
+                "which target_modules does not reach: they would stay as they are",
+                HINT,
+            )
+
+
+def _names_of_experts(targets: Any, experts: str, module: Any) -> Iterator[tuple[str, str]]:
+    """Names below an experts module that a config may mean by `target_modules`: (target, name).
+
+    A regular expression is tried on all names that projections have, stacked or one module per expert, if it speaks of
+    experts: `.*_proj` does not. A target of a list means experts where it begins with a name of theirs, or is what one
+    of their parameters is called.
+    """
+    if isinstance(targets, str):
+        if re.search(rf"(?<!_){re.escape(experts.rpartition('.')[2])}", targets):
+            for part in PARTS:
+                yield targets, f"{experts}.{part}"
+                yield from ((targets, f"{experts}.{each}.{part}") for each in range(module.num_experts))
+        return
+    for target in targets:
+        words = target.split(".")
+        starts = (count for count in range(1, len(words) + 1) if _ends(experts, ".".join(words[:count])))
+        count = next(starts, 0)
+        if count or target in projections(module):
+            yield target, ".".join([experts, *words[count:]])
+
+
+def _ends(name: str, target: str) -> bool:
+    """Whether a target of a list means a name, as PEFT has it."""
+    return f".{name}".endswith(f".{target}")
 
 
 def _plain(name: str) -> str:
     """A name as it was before PEFT wrapped what it names."""
-    return name.replace(".base_layer", "").removeprefix("base_model.model.")
+    return name.replace("_orig_mod.", "").replace(".base_layer", "").removeprefix("base_model.model.")

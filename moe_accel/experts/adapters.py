@@ -11,7 +11,6 @@ PEFT's shapes, of E experts: `lora_A.weight` [E * r, in], expert by expert; `lor
 Sizes: E experts, e experts of this rank, r rank (of all active adapters together).
 """
 
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from moe_accel.errors import UnsupportedModelError
 from moe_accel.experts.weights import projections
 from moe_accel.kernels.device import autocast_dtype
+from moe_accel.swap import become
 
 Factors = tuple[Tensor, Tensor]
 """A [e,in,r] and B [e,r,out]: rows of an expert times its A times its B is what its adapters add. Scaling is in B."""
@@ -65,7 +65,7 @@ def install(model: nn.Module, experts: list[tuple[str, Any]]) -> list[Adapted]:
         if id(base) not in names:
             continue
         _refuse(names[id(base)], base, each)
-        each._activate_lora = types.MethodType(_note, each)
+        become(each, _Noting)
         trains = any(parameter.requires_grad for part in (each.lora_A, each.lora_B) for parameter in part.parameters())
         before = found.get(names[id(base)])
         ranks = {**(before.ranks if before else {}), each.parameter_name: dict(each.r)}
@@ -90,17 +90,19 @@ def _refuse(name: str, base: Any, wrapper: Any) -> None:
         )
 
 
-@contextmanager
-def _note(wrapper: Any, active: list[str]) -> Iterator[None]:
-    """In place of PEFT's `ParamWrapper._activate_lora`: note what is active while the module runs."""
-    base = wrapper.get_base_layer()
-    notes = base.__dict__.setdefault("_moe_accel_adapters", {})
-    before = notes.get(wrapper.parameter_name)
-    notes[wrapper.parameter_name] = (wrapper, [name for name in active if name in wrapper.lora_A])
-    try:
-        yield
-    finally:
-        notes[wrapper.parameter_name] = before
+class _Noting(nn.Module):
+    """What a `ParamWrapper` of PEFT does instead."""
+
+    @contextmanager
+    def _activate_lora(self: Any, active: list[str]) -> Iterator[None]:
+        """Note what is active while the module runs."""
+        notes = self.get_base_layer().__dict__.setdefault("_moe_accel_adapters", {})
+        before = notes.get(self.parameter_name)
+        notes[self.parameter_name] = (self, [name for name in active if name in self.lora_A])
+        try:
+            yield
+        finally:
+            notes[self.parameter_name] = before
 
 
 def factors(module: Any, parameter: str, ep_rank: int, ep_size: int) -> Factors | None:

@@ -52,6 +52,16 @@ class Settings:
         """A copied module shares the transport (process groups cannot be copied) and starts without history."""
         return Settings(self.kernels, self.dispatcher, self.ep_size, self.ep_rank, self.lean, self.counting)
 
+    def __reduce__(self) -> tuple:
+        """Pickled as it is copied."""
+        return _loaded, (self.kernels, self.dispatcher, self.ep_size, self.ep_rank, self.counting)
+
+
+def _loaded(*values: Any) -> Settings:
+    """Settings from a file, maybe in a process that has prepared nothing and could not compute with them."""
+    register()
+    return Settings(*values)
+
 
 _DEFAULT = Settings()
 

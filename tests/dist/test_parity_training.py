@@ -116,6 +116,10 @@ def test_with_gradient_checkpointing_of_transformers(how):
     assert_parity(FREE, 2, gradient_checkpointing=how)
 
 
+def test_with_fsdp_activation_checkpointing_of_all_layers_but_the_last():
+    assert_parity(FREE, 2, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, moe_config={"kept_layers": 1})
+
+
 def test_with_fsdp_activation_checkpointing_and_accumulation():
     assert_parity(ACCUMULATE, 2, {"FSDP_ACTIVATION_CHECKPOINTING": "true"})
 

@@ -204,3 +204,10 @@ def test_modules_of_classes_made_on_the_fly_are_no_obstacle(rotated, monkeypatch
     assert "made.on.the.fly" not in sys.modules
     model.extra = made()
     assert block.fuse_rotations(model)
+
+
+def test_a_norm_with_a_forward_of_its_own_keeps_it():
+    norm = build_tiny("qwen3_moe").model.norm
+    norm.forward = lambda x: 2 * x
+    assert not block.fuse_norm(norm)
+    assert torch.equal(norm(torch.ones(32)), 2 * torch.ones(32))

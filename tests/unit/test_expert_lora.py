@@ -13,6 +13,7 @@ from torch import nn
 from moe_accel import MoEConfig, expert_lora_config, experts, plugin
 from moe_accel.errors import UnsupportedModelError
 from moe_accel.experts.adapters import factors
+from moe_accel.swap import own_class
 from tests.families import available_families, build_tiny, experts_modules, randomise, tiny_inputs, tiny_loss
 
 TOLERANCE = 90 * torch.finfo(torch.float32).eps  # see tests/dist/parity.py
@@ -211,7 +212,8 @@ def test_an_adapter_smaller_than_the_weights_rounding_still_counts(family):
         return outputs[1] - outputs[0]
 
     exact = copy.deepcopy(wrapper)
-    del exact._activate_lora, exact.base_layer._activate_lora
+    for part in (exact, exact.base_layer):
+        part.__class__ = own_class(part)
     exact.get_base_layer().config._experts_implementation = "eager"
     pefts = copy.deepcopy(exact)
     truth = effect(exact, torch.float64)
@@ -289,6 +291,60 @@ def test_target_modules_that_mean_experts_are_refused():
     with pytest.raises(UnsupportedModelError, match="target_modules names 'experts") as error:
         swap(model)
     assert "expert_lora_config" in (error.value.hint or "")
+
+
+ATTENTION_ONLY = [
+    r"(?!.*experts).*_proj",
+    r".*(?<!experts\.)[qkv]_proj",
+    r".*_proj",
+    r".*(q_proj|shared_experts\.up_proj)",
+]
+ASK_FOR_EXPERTS = {
+    "per-expert": r".*(q_proj|experts\.\d+\.(gate|up|down)_proj)",
+    "stacked": r".*(self_attn\.q_proj|mlp\.experts\.gate_up_proj)",
+    "shared-too": r".*(q_proj|shared_experts\.up_proj|\bexperts\.down_proj)",
+    "one-layer": r".*(q_proj|layers\.1\.mlp\.experts\.\d\.w2)",
+    "of-a-list": ["q_proj", "mlp.experts.gate_up_proj"],
+    "parameter": ["q_proj", "down_proj"],
+}
+
+
+def with_targets(targets, *parameters, **options):
+    """Of gpt_oss, whose patterns PEFT leaves as they are; others' it may turn into last names before we see them."""
+    config = LoraConfig(target_modules=targets, target_parameters=list(parameters) or None, **options)
+    return get_peft_model(build_tiny("gpt_oss"), config)
+
+
+@pytest.mark.parametrize("targets", ATTENTION_ONLY)
+def test_a_pattern_that_matches_no_expert_may_speak_of_experts(targets, capsys):
+    swap(with_targets(targets))
+    assert "note        no adapter on the routed experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beside", [(), ("mlp.router.weight",)], ids=["alone", "router"])
+@pytest.mark.parametrize("targets", ASK_FOR_EXPERTS.values(), ids=ASK_FOR_EXPERTS)
+def test_targets_that_match_experts_and_reach_none_are_refused(targets, beside):
+    with pytest.raises(UnsupportedModelError, match=r"target_modules names .* has stacked parameters, which"):
+        swap(with_targets(targets, *beside))
+
+
+def test_target_modules_that_match_experts_are_no_error_where_target_parameters_reach_them():
+    stacked = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    for targets in ASK_FOR_EXPERTS.values():
+        swap(with_targets(targets, *stacked))
+    with pytest.raises(UnsupportedModelError, match=r"but model\.layers\.1\.mlp\.experts has"):
+        swap(with_targets(ASK_FOR_EXPERTS["one-layer"], stacked[0]))  # w2 is the other one
+
+
+def test_experts_that_the_config_itself_leaves_out_are_not_asked_for():
+    swap(with_targets(ASK_FOR_EXPERTS["per-expert"], exclude_modules=r".*mlp\.experts.*"))
+
+
+def test_a_pattern_of_which_peft_leaves_a_parameters_name_is_refused():
+    model = get_peft_model(build_tiny("qwen3_moe"), LoraConfig(target_modules=ASK_FOR_EXPERTS["stacked"]))
+    assert model.peft_config["default"].target_modules == {"q_proj", "gate_up_proj"}
+    with pytest.raises(UnsupportedModelError, match="target_modules names 'gate_up_proj', but"):
+        swap(model)
 
 
 def test_a_target_that_is_no_parameter_is_refused():

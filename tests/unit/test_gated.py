@@ -67,7 +67,8 @@ def test_lean_experts_keep_no_projection_and_give_the_same_bits(adapted):
 def test_kept_layers_are_lean_where_the_others_are_checkpointed():
     model = build_tiny("qwen3_moe")
     model.gradient_checkpointing_enable()
-    expected, inputs = tiny_loss(model, tiny_inputs("qwen3_moe", 1, 2)), tiny_inputs("qwen3_moe", 1, 2)
+    inputs = tiny_inputs("qwen3_moe", 1, 2)
+    expected = tiny_loss(model, inputs)
     accelerator = Accelerator(cpu=True, parallelism_config=MoEConfig(kept_layers=1))
     model = accelerator.prepare(model)
     assert [experts.settings_of(module).lean for _, module in experts_modules(model)] == [False, True]

@@ -18,11 +18,11 @@ PACKAGE = Path(moe_accel.__file__).parent
 
 LAYERS = [
     {"version", "errors"},
-    {"config", "hooks", "versions", "report"},
+    {"config", "hooks", "versions", "report", "swap"},
     {"mesh", "kernels", "cpu", "environment"},
     {"dispatch", "convert"},
     {"experts", "adapters"},
-    {"block", "lora", "loss", "shard", "checkpoint", "metrics", "estimate"},
+    {"block", "kept", "lora", "loss", "shard", "checkpoint", "metrics", "estimate"},
     {"plugin"},
     {"parallelism"},
     {"worker"},

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from moe_accel import MoEConfig, lora, plugin
-from moe_accel.errors import ConfigError
-from tests.families import build_tiny, randomise
+from moe_accel import lora, plugin
+from moe_accel.report import Choice
+from tests.families import randomise
 
 TOLERANCE = 90 * torch.finfo(torch.float32).eps  # see tests/dist/parity.py
 
@@ -41,7 +42,7 @@ def both(model, change=lambda _model: None, autocast=False):
     for ours in (False, True):
         each = copy.deepcopy(model)
         if ours:
-            assert lora.install(each) == 1
+            lora.install(each)
         change(each)
         x = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
         torch.manual_seed(5)  # of dropout
@@ -88,6 +89,26 @@ def add_second(model):
     model.base_model.set_adapter(["default", "second"])
 
 
+DOUBLED = {
+    "register_forward_hook": lambda _module, _inputs, output: output * 2,
+    "register_forward_pre_hook": lambda _module, inputs: (inputs[0] * 2,),
+    "register_full_backward_hook": lambda _module, inputs, _outputs: (inputs[0] * 2,),
+    "register_full_backward_pre_hook": lambda _module, outputs: (outputs[0] * 2,),
+}
+
+
+def hooked(how, part=lambda layer: layer.base_layer):
+    return lambda model: getattr(part(model.base_model.model["linear"]), how)(DOUBLED[how])
+
+
+def accelerate_hooked(model):
+    class Doubled(ModelHook):
+        def post_forward(self, module, output):
+            return output * 2
+
+    add_hook_to_module(model.base_model.model["linear"].lora_B["default"], Doubled())
+
+
 STEPS_ASIDE = {
     "disabled": ({}, lambda model: model.base_model.disable_adapter_layers()),
     "merged": ({}, lambda model: model.merge_adapter()),
@@ -96,7 +117,12 @@ STEPS_ASIDE = {
     "dora": ({"use_dora": True}, lambda _model: None),
     "biased": ({"lora_bias": True}, lambda _model: None),
     "half": ({}, lambda model: model.base_model.model["linear"].base_layer.bfloat16()),
-    "hooked": ({}, lambda model: model.base_model.model["linear"].base_layer.register_forward_hook(lambda *_a: None)),
+    "hooked": ({}, hooked("register_forward_hook")),
+    "pre-hooked": ({}, hooked("register_forward_pre_hook")),
+    "backward-hooked": ({}, hooked("register_full_backward_hook")),
+    "backward-pre-hooked": ({}, hooked("register_full_backward_pre_hook")),
+    "dropout-hooked": ({}, hooked("register_forward_hook", lambda layer: layer.lora_dropout["default"])),
+    "accelerate-hooked": ({}, accelerate_hooked),
 }
 
 
@@ -109,7 +135,7 @@ def test_whatever_is_more_stays_with_peft(options, change):
     if change is STEPS_ASIDE["half"][1]:
         model = layer(**options)
         change(model)
-        assert lora.install(model) == 1
+        lora.install(model)
         x = torch.randn(2, 6, dtype=torch.bfloat16)
         assert model.base_model.model["linear"](x).dtype == torch.bfloat16
         return
@@ -118,20 +144,52 @@ def test_whatever_is_more_stays_with_peft(options, change):
     assert_same(peft, ours, 0)
 
 
+@pytest.mark.parametrize("how", ["register_module_forward_hook", "register_module_full_backward_hook"])
+def test_with_hooks_on_all_modules_of_the_process_it_stays_with_peft(how):
+    calls = []
+    handle = getattr(nn.modules.module, how)(lambda module, *_args: calls.append(type(module).__name__))
+    try:
+        _, _, used = both(layer())
+    finally:
+        handle.remove()
+    assert not used
+    assert calls.count("Linear") == 2 * 4  # LoRA's own Linear, its base layer, A and B; by PEFT and by us
+
+
 def test_dropout_that_is_off_is_none():
     _, _, used = both(layer(lora_dropout=0.5), lambda model: model.eval())
     assert used
 
 
-def test_the_last_layers_are_kept_from_recompute():
-    model = build_tiny("qwen3_moe")
-    model.gradient_checkpointing_enable()
-    assert plugin.keep_layers(model, 1) == ["model.layers.1"]
-    assert [each.gradient_checkpointing for each in model.model.layers] == [True, False]
-    told = plugin.told_of_kept(["model.layers.1"], 1)
-    assert told == ["the last 1 layers are not recomputed, but for their experts' first projection"]
-    assert plugin.told_of_kept([], 1) == ["kept_layers: nothing is checkpointed"]
-    with pytest.raises(ConfigError, match="kept_layers=3 must be at most 2, the layers that Qwen3MoeForCausalLM"):
-        plugin.keep_layers(model, 3)
-    with pytest.raises(ConfigError, match="kept_layers=-1 must be at least 0"):
-        MoEConfig(kept_layers=-1)
+SAID = {
+    "plain": ({}, (1, {})),
+    "dropout": ({"lora_dropout": 0.05}, (0, {"lora_dropout": 1})),
+    "dora": ({"use_dora": True}, (0, {"DoraLinearVariant": 1})),
+    "biased": ({"lora_bias": True}, (0, {"lora_bias": 1})),
+}
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize(("options", "said"), SAID.values(), ids=SAID)
+def test_what_is_said_is_what_happens_in_training(options, said, mode):
+    """Whatever mode the model is in when it is prepared."""
+    model = layer(**options).train(mode)
+    assert lora.install(copy.deepcopy(model)) == said
+    *_, used = both(model.train())
+    assert used == bool(said[0])
+
+
+def test_two_active_adapters_are_said():
+    model = layer()
+    add_second(model)
+    assert lora.install(model) == (0, {"2 active adapters": 1})
+    model.base_model.set_adapter("second")
+    assert lora.install(model) == (1, {})
+
+
+def test_the_report_names_what_stays_with_peft():
+    kernels = Choice("fused", "asked for")
+    said = plugin.told_of_lora(kernels, layer(lora_dropout=0.05))
+    assert said == ["LoRA on 1 linear layers computed by PEFT in training: lora_dropout"]
+    assert plugin.told_of_lora(kernels, layer()) == ["LoRA on 1 linear layers added into their products"]
+    assert plugin.told_of_lora(Choice("reference", "asked for"), layer()) == []

@@ -196,7 +196,7 @@ def test_logits_asked_for_after_autocast_are_those_computed_under_it():
     torch.testing.assert_close(found, cross_entropy_of(expected), rtol=1e-6, atol=0)  # both sum bf16 products in fp32
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
     with torch.autocast("cpu", torch.bfloat16):
-        logits = loss._forward(deferred.lm_head.to(torch.bfloat16), torch.ones(2, deferred.config.hidden_size))
+        logits = deferred.lm_head.to(torch.bfloat16)(torch.ones(2, deferred.config.hidden_size))
     assert logits.dtype == torch.bfloat16
     assert (logits + 1).dtype == torch.bfloat16
 
@@ -280,3 +280,48 @@ def test_computed_logits_leave_a_layer_as_a_tensor():
     output.logits[..., 5] = 0
     cast = tree_map(lambda value: value.float() if isinstance(value, torch.Tensor) else value, output)
     assert torch.equal(cast.logits, output.logits.tensor().float())
+
+
+def test_an_output_layer_with_a_forward_of_its_own_keeps_it_and_the_report_says_so():
+    model = build_tiny("qwen3_moe")
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda x: 2 * own(x)
+    expected = model(input_ids=TOKENS, labels=LABELS).loss
+    assert loss.install(model).value == "native"
+    assert torch.equal(model(input_ids=TOKENS, labels=LABELS).loss, expected)
+
+
+def test_installing_twice_is_still_fused_and_hooks_once():
+    model = build_tiny("qwen3_moe")
+    assert [loss.install(model).value for _ in range(2)] == ["fused", "fused"]
+    assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == (1, 1)
+
+
+LEGACY = {
+    "size-average-off": {"size_average": False},
+    "reduce-off": {"reduce": False},
+    "smoothing": {"label_smoothing": 0.1},
+    "none": {"reduction": "none"},
+    "sum": {"reduction": "sum"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
+@pytest.mark.parametrize("options", LEGACY.values(), ids=LEGACY)
+def test_every_option_of_torchs_cross_entropy_is_heeded(options):
+    _, deferred, _ = pair()
+    logits = deferred(input_ids=TOKENS, labels=LABELS).logits.view(-1, VOCABULARY)
+    assert isinstance(logits, loss.DeferredLogits)
+    found = functional.cross_entropy(logits, LABELS.view(-1), **options)
+    torch.testing.assert_close(found, functional.cross_entropy(logits.tensor(), LABELS.view(-1), **options))
+
+
+def test_options_by_their_place_and_labels_of_another_size_are_as_torch_has_them():
+    _, deferred, _ = pair()
+    logits = deferred(input_ids=TOKENS, labels=LABELS).logits.view(-1, VOCABULARY)
+    ignore_index = int(TOKENS[0, 0])
+    given = TOKENS.view(-1), None, None, ignore_index
+    found = functional.cross_entropy(logits, *given)
+    with pytest.raises(ValueError, match=r"^Expected input batch_size \(18\) to match target batch_size \(17\)"):
+        functional.cross_entropy(logits, TOKENS.view(-1)[1:])
+    torch.testing.assert_close(found, functional.cross_entropy(logits.tensor(), *given))

@@ -1,0 +1,127 @@
+"""Layers that are kept from recompute, whoever checkpoints activations and whenever: `kept_layers` of `moe_config`.
+
+Checkpointing is switched on by transformers (`gradient_checkpointing_enable`, by the Trainer too), before prepare() or
+after it, or by accelerate within prepare() (`fsdp_config: {activation_checkpointing: true}`). So a kept layer carries a
+mark, and both leave what is marked alone. Its experts keep less for backward (`lean` in `experts/function.py`): a GiB
+is better spent on keeping another layer than on that one output.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import accelerate.accelerator
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from moe_accel.errors import ConfigError
+from moe_accel.experts import is_decorated
+from moe_accel.hooks import wrap
+
+_MARK = "_moe_accel_kept"
+
+
+def install() -> None:
+    """Let transformers and accelerate leave marked layers alone."""
+    wrap(PreTrainedModel, "_set_gradient_checkpointing", _set_gradient_checkpointing)
+    wrap(accelerate.accelerator, "fsdp2_apply_ac", _fsdp2_apply_ac)
+
+
+def keep_layers(model: nn.Module, num_kept: int, fsdp_plugin: Any = None) -> list[str]:
+    """Mark the last layers as kept, and switch off what checkpoints them already; returns what the report says.
+
+    Args:
+        model: of transformers, not yet sharded.
+        num_kept: how many layers.
+        fsdp_plugin: accelerate's, where there is one.
+
+    Raises:
+        ConfigError: the model has fewer layers, or FSDP 1 is to checkpoint them.
+    """
+    if not num_kept:
+        return []
+    layers = _layers(model)
+    if num_kept > len(layers):
+        raise ConfigError(
+            f"kept_layers={num_kept} must be at most {len(layers)}, the layers that {type(model).__name__} checkpoints"
+        )
+    by_fsdp = bool(getattr(fsdp_plugin, "activation_checkpointing", False))
+    if by_fsdp and fsdp_plugin.fsdp_version != 2:
+        raise ConfigError(
+            f"kept_layers={num_kept} needs FSDP version 2 beside activation_checkpointing, not "
+            f"{fsdp_plugin.fsdp_version}: all layers would be recomputed",
+            "fsdp_config: {fsdp_version: 2}, or kept_layers: 0",
+        )
+    on = by_fsdp or any(layer.gradient_checkpointing for layer in layers)
+    for layer in layers[len(layers) - num_kept :]:
+        vars(layer)[_MARK] = True
+    _switch_off(model)
+    which = "the last layer" if num_kept == 1 else f"the last {num_kept} layers"
+    if on:
+        return [f"kept_layers: {which} of {len(layers)} will not be recomputed, but for a projection"]
+    return [f"kept_layers: nothing is checkpointed so far; if it is later, {which} of {len(layers)} will be left out"]
+
+
+def _layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Layers that are checkpointed, in order, of the lists that have experts: no vision tower, which may come last."""
+    named = [(name, each) for name, each in model.named_modules() if isinstance(each, GradientCheckpointingLayer)]
+    lists = {name.rpartition(".")[0] for name, layer in named if any(map(is_decorated, layer.modules()))}
+    return [layer for name, layer in named if name.rpartition(".")[0] in lists]
+
+
+def kept_experts(model: nn.Module) -> set[nn.Module]:
+    """The experts modules of the layers that are kept."""
+    return {module for layer in filter(_is_kept, model.modules()) for module in filter(is_decorated, layer.modules())}
+
+
+def _is_kept(module: nn.Module) -> bool:
+    return _MARK in vars(module)
+
+
+def _switch_off(model: nn.Module) -> None:
+    for layer in filter(_is_kept, model.modules()):
+        setattr(layer, "gradient_checkpointing", False)  # noqa: B010 no Module or Tensor, says pyright
+
+
+def _set_gradient_checkpointing(original: Callable) -> Callable:
+    """Around `PreTrainedModel._set_gradient_checkpointing`, by which `gradient_checkpointing_enable` does it."""
+
+    def set_gradient_checkpointing(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        _switch_off(self)
+
+    return set_gradient_checkpointing
+
+
+def _fsdp2_apply_ac(original: Callable) -> Callable:
+    """Around the `fsdp2_apply_ac` that `Accelerator.prepare` calls: it wraps layers, or parts of them."""
+
+    def fsdp2_apply_ac(accelerator: Any, model: nn.Module) -> nn.Module:
+        model = original(accelerator, model)
+        unwrap_kept(model)
+        return model
+
+    return fsdp2_apply_ac
+
+
+def unwrap_kept(model: nn.Module) -> None:
+    """Take the kept layers, and what is in them, out of torch's checkpoint wrappers.
+
+    Raises:
+        ConfigError: a wrapper holds more than a kept layer, which can't be recomputed without it.
+    """
+    kept = [each for each in model.modules() if _is_kept(each)]
+    parts = {id(part) for layer in kept for part in layer.modules()}
+    for name, wrapper in reversed(list(model.named_modules())):  # what is inside of a wrapper first
+        if not isinstance(wrapper, ActivationWrapper):
+            continue
+        inner: Any = wrapper._checkpoint_wrapped_module
+        if id(inner) in parts:
+            model.set_submodule(name, inner)
+        elif any(_is_kept(each) for each in inner.modules()):
+            plain = name.replace("._checkpoint_wrapped_module", "")
+            raise ConfigError(
+                f"kept_layers={len(kept)}: activation_checkpointing recomputes {plain} as one, with a kept layer in it",
+                "fsdp_config: {fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}, or kept_layers: 0",
+            )
