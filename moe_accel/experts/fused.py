@@ -2,7 +2,7 @@
 
 Against transformers' own grouped_mm: no sentinel masks, no scatter with atomics in any backward, no copy to the host,
 and the routing weights multiply the [P,I] input of the second GEMM rather than its larger [P,H] output, which then need
-not be kept for backward. Experts with a plain SwiGLU take the shorter way of `gated.py`.
+not be kept for backward. Experts with a plain SwiGLU or relu^2 take the shorter way of `gated.py`.
 
 Sizes: R rows, H hidden, K top-k, e local experts, P sorted pairs, U up rows, I inner.
 """
@@ -38,7 +38,7 @@ def fused_experts(
     (up, up_bias), (down, down_bias) = up_weight(module), down_weight(module)
     weight_p = pick(weights, routing)
     if why_not_gated(module) is None:
-        return gated_experts(x, up, down, weight_p, routing, *adapters, lean=lean)
+        return gated_experts(x, up, down, weight_p, routing, *adapters, has_gate=module.has_gate, lean=lean)
     h_ph = gather_rows(x, routing.rows)
     u_pu = _add_bias(grouped_mm(h_ph, up, routing.ends), up_bias, routing)
     a_pi = activate(module, _add(u_pu, _low_rank(h_ph, adapters[0], routing))).to(u_pu.dtype)

@@ -1,4 +1,5 @@
-"""Experts with a SwiGLU and no biases as one autograd function: two grouped GEMMs and four passes over rows each way.
+"""Experts with a SwiGLU, or relu^2 without a gate, and no biases as one autograd function: two grouped GEMMs and four
+passes over rows each way.
 
 Between forward and backward it keeps x, the first projection's output and the routing, and nothing else of [P,H] or
 [P,I]: gathered rows and the second projection's input are made again. The routing weights' gradient comes from the
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.activations import SiLUActivation
+from transformers.activations import ReLUSquaredActivation, SiLUActivation
 from transformers.integrations import moe
 
 from moe_accel.experts.adapters import Factors
@@ -28,22 +29,29 @@ from moe_accel.experts.weights import has_post_norm
 from moe_accel.kernels.device import as_autocast
 from moe_accel.kernels.grouped import grouped_mm, grouped_outer
 from moe_accel.kernels.rows import gather, sum_copies
+from moe_accel.kernels.squared_relu import squared_relu, squared_relu_backward
 from moe_accel.kernels.swiglu import swiglu, swiglu_backward
 
 
 def why_not_gated(module: Any) -> str | None:
-    """Why a module's experts are no plain SwiGLU; None where `gated_experts` computes them."""
-    if not module.has_gate:
-        return "no gate"
+    """Why a module's experts are none that `gated_experts` computes; None where they are."""
     if module.has_bias:
         return "biases"
     if has_post_norm(module):
         return "a norm after each expert"
-    if type(module)._apply_gate is not moe._default_apply_gate:  # act(gate) * up, halves of one projection
-        return "a gate of its own"
-    if not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
-        return f"activation {type(module.act_fn).__name__}"
+    if module.has_gate and type(module)._apply_gate is not moe._default_apply_gate:
+        return "a gate of its own"  # the default: act(gate) * up, halves of one projection
+    if not _has_activation(module):
+        gated = "" if module.has_gate else " without a gate"
+        return f"activation {getattr(module.act_fn, '__name__', type(module.act_fn).__name__)}{gated}"
     return None
+
+
+def _has_activation(module: Any) -> bool:
+    """Whether there is a kernel for the module's activation, with its gate or without."""
+    if module.has_gate:
+        return module.act_fn is nn.functional.silu or isinstance(module.act_fn, nn.SiLU | SiLUActivation)
+    return isinstance(module.act_fn, ReLUSquaredActivation)
 
 
 def gated_experts(
@@ -54,18 +62,20 @@ def gated_experts(
     routing: LocalRouting,
     up_factors: Factors | None = None,
     down_factors: Factors | None = None,
+    has_gate: bool = True,
     lean: bool = False,
 ) -> Tensor:
     """Weighted sum of each row's experts.
 
     Args:
         x: [R,H].
-        up: [e,H,2I], gate then up; any strides.
+        up: [e,H,2I], gate then up, or [e,H,I] without a gate; any strides.
         down: [e,I,H]; any strides.
         weight_p: [P], routing weights of the sorted pairs.
         routing: of the rows.
         up_factors: [e,H,r] and [e,r,2I], whose product is added to up; None: nothing is.
         down_factors: [e,I,r] and [e,r,H], likewise.
+        has_gate: SwiGLU; otherwise relu^2.
         lean: compute the first projection again in backward rather than keep its output.
 
     Returns:
@@ -74,20 +84,21 @@ def gated_experts(
     x_, up, down = as_autocast(x, up, down)
     factors = *(up_factors or (None, None)), *(down_factors or (None, None))
     with torch.autocast(x.device.type, enabled=False):
-        y: Any = _Gated.apply(x_, up, down, weight_p, *factors, routing.ends, *routing.rows, lean)
+        y: Any = _Gated.apply(x_, up, down, weight_p, *factors, routing.ends, *routing.rows, has_gate, lean)
     return y.to(x.dtype)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x, up, down, weight_p, up_a, up_b, down_a, down_b, ends, sources, copies, starts, lean
+        ctx: Any, x, up, down, weight_p, up_a, up_b, down_a, down_b, ends, sources, copies, starts, has_gate, lean
     ) -> Tensor:
+        ctx.has_gate = has_gate
         rows = gather(x, sources)
         u = grouped_mm(rows, up, ends)
         up_low, u_more = _low_rank(rows, up_a, up_b, ends)
         del rows
-        a = swiglu(u, weight_p, u_more)
+        a = (swiglu if has_gate else squared_relu)(u, weight_p, u_more)
         del u_more
         y = grouped_mm(a, down, ends)
         down_low, y_more = _low_rank(a, down_a, down_b, ends)
@@ -110,7 +121,8 @@ class _Gated(torch.autograd.Function):
         down_low_grad, a_grad_more = _low_rank(y_grad, _t(down_b), _t(down_a), ends)
         u_more = None if up_low is None else grouped_mm(up_low, up_b, ends)
         a_grad = grouped_mm(y_grad, _t(down), ends)
-        u_grad, weight_grad, a = swiglu_backward(a_grad, u, weight_p, a_grad_more, u_more)
+        activation_backward = swiglu_backward if ctx.has_gate else squared_relu_backward
+        u_grad, weight_grad, a = activation_backward(a_grad, u, weight_p, a_grad_more, u_more)
         del a_grad, a_grad_more, u_more, u
         down_grad = _like(down, a, y_grad, ends) if needs_down else None
         down_factors_grad = (
@@ -129,7 +141,7 @@ class _Gated(torch.autograd.Function):
         del rows
         x_grad = sum_copies(grouped_mm(u_grad, _t(up), ends), copies, starts, x_grad_more) if needs_x else None
         found = x_grad, up_grad, down_grad, weight_grad if needs_weight else None
-        return *found, *up_factors_grad, *down_factors_grad, None, None, None, None, None
+        return *found, *up_factors_grad, *down_factors_grad, *(None,) * 6
 
 
 def _low_rank(rows: Any, a: Any, b: Any, ends: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,7 @@ The interpreter computes bf16 wrongly, and must be chosen before triton is impor
 import pytest
 import torch
 
-from moe_accel.kernels import cross_entropy, rms_norm, rope, rows, swiglu
+from moe_accel.kernels import cross_entropy, rms_norm, rope, rows, squared_relu, swiglu
 from moe_accel.kernels.device import INTERPRETED
 
 assert INTERPRETED, "set TRITON_INTERPRET=1"
@@ -48,6 +48,29 @@ def test_swiglu_and_its_backward(inner, weight_dtype, of_two):
         # sums over `inner` products near 1: as many roundings at worst, their square root in fact
         rounding = torch.finfo(one.dtype).eps
         torch.testing.assert_close(one, other, rtol=8 * rounding, atol=8 * rounding * inner**0.5)
+
+
+@pytest.mark.parametrize("inner", [1, 40, 1024, 1032])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("of_two", [False, True])
+def test_squared_relu_and_its_backward(inner, weight_dtype, of_two):
+    u, gradient, weight = values(5, inner), values(5, inner + 1)[:, :inner], values(5).to(weight_dtype)
+    more, gradient_more = (u.cos(), gradient.cos()) if of_two else (None, None)
+    expected = squared_relu.squared_relu_torch(u, weight, more)
+    torch.testing.assert_close(squared_relu.squared_relu(u, weight, more), expected, rtol=8 * EPSILON, atol=2 * EPSILON)
+    found = squared_relu.squared_relu_backward(gradient, u, weight, gradient_more, more)
+    expected = squared_relu.squared_relu_backward_torch(gradient, u, weight, gradient_more, more)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        # sums over `inner` products of up to 20: as many roundings at worst, their square root in fact
+        rounding = torch.finfo(one.dtype).eps
+        torch.testing.assert_close(one, other, rtol=8 * rounding, atol=32 * rounding * inner**0.5)
+
+
+def test_squared_relu_keeps_a_nan():
+    u = torch.tensor([[1.0, float("nan"), -2.0]])
+    found = squared_relu.squared_relu(u, torch.ones(1))
+    torch.testing.assert_close(found, torch.tensor([[1.0, float("nan"), 0.0]]), equal_nan=True)
 
 
 @pytest.mark.parametrize("width", [3, 8192, 8200])

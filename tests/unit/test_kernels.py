@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_accel.kernels import cross_entropy, device, rms_norm, rope, rows, swiglu
+from moe_accel.kernels import cross_entropy, device, rms_norm, rope, rows, squared_relu, swiglu
 
 SHARED_BYTES = 227 * 1024  # of a block on sm_90
 
@@ -29,14 +29,21 @@ def test_kernels_equal_their_plain_forms_on_the_interpreter():
     assert int(num_passed[1]) >= 25
 
 
+ACTIVATIONS = {
+    "swiglu": (swiglu.swiglu_torch, swiglu.swiglu_backward_torch, 8),
+    "relu^2": (squared_relu.squared_relu_torch, squared_relu.squared_relu_backward_torch, 4),
+}
+
+
 @pytest.mark.parametrize("of_two", [False, True])
-def test_the_definition_of_swiglu_has_the_gradient_of_finite_differences(of_two):
-    u, weight = _values(3, 8).requires_grad_(), _values(3).requires_grad_()
+@pytest.mark.parametrize(("forward", "backward", "width"), ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_the_definition_of_an_activation_has_the_gradient_of_autograd(forward, backward, width, of_two):
+    u, weight = _values(3, width).requires_grad_(), _values(3).requires_grad_()
     gradient = _values(3, 4)
     more, gradient_more = (torch.cos(u.detach()), torch.cos(gradient)) if of_two else (None, None)
     of_both = gradient if gradient_more is None else gradient + gradient_more
-    expected = torch.autograd.grad(swiglu.swiglu_torch(u, weight, more), (u, weight), of_both)
-    found = swiglu.swiglu_backward_torch(gradient, u.detach(), weight.detach(), gradient_more, more)[:2]
+    expected = torch.autograd.grad(forward(u, weight, more), (u, weight), of_both)
+    found = backward(gradient, u.detach(), weight.detach(), gradient_more, more)[:2]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -87,6 +94,22 @@ COMPILED = {
             swiglu._backward_kernel,
             ["*bf16", "*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "*bf16"],
             {"HAS_GRADIENT_MORE": more, "HAS_MORE": more, "inner": 768, "COLUMNS": 1024},
+        )
+        for name, more in (("", False), (" of two", True))
+    },
+    **{
+        f"squared relu{name}": (
+            squared_relu._forward_kernel,
+            ["*bf16", "*bf16", "*fp32", "*bf16"],
+            {"HAS_MORE": more, "inner": 1856, "COLUMNS": 1024},
+        )
+        for name, more in (("", False), (" of two", True))
+    },
+    **{
+        f"squared relu backward{name}": (
+            squared_relu._backward_kernel,
+            ["*bf16", "*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "*bf16"],
+            {"HAS_GRADIENT_MORE": more, "HAS_MORE": more, "inner": 1856, "COLUMNS": 1024},
         )
         for name, more in (("", False), (" of two", True))
     },

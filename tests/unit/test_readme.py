@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
 
 import moe_accel
 from moe_accel.config import DISPATCHERS, KERNELS, OPTION_NAMES, parse_section, read_config_file
-from tests.families import decorated_classes
+from moe_accel.experts.gated import why_not_gated
+from tests.families import available_families, build_tiny, decorated_classes, experts_modules
 from tests.family_data import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +28,17 @@ def test_the_table_names_every_family_with_decorated_experts_and_no_other():
     named -= {"transformers", "5", "23"}
     assert set(decorated_classes()) <= named
     assert named <= {family.folder or name for name, family in FAMILIES.items()}
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("5.17."), reason="the table is that of 5.17")
+def test_the_table_of_the_general_path_is_what_the_code_decides_for_every_family():
+    table = README.split("<!-- general path -->")[1].split("<!-- /general path -->")[0]
+    decided = {}
+    for family in available_families():
+        for reason in {why_not_gated(module) for _, module in experts_modules(build_tiny(family))} - {None}:
+            decided.setdefault(reason, []).append(family)
+    rows = [f"| {reason} | {', '.join(sorted(families))} |" for reason, families in sorted(decided.items())]
+    assert table.strip().splitlines()[2:] == rows
 
 
 def test_the_first_config_is_one_that_launches(tmp_path):

@@ -1,0 +1,129 @@
+"""relu(u)^2 and routing weight in one pass over the first projection's output, and their backward in another.
+
+For experts without a gate. The functions take and return what those of `swiglu.py` do, with u [P,I] in place of
+[P,2I]: arithmetic in fp32, each result rounded once, a second part of u and of the gradient added where it is read.
+The derivative of relu(u)^2 is 2 * relu(u). So et al., "Primer" (2021).
+
+Sizes: P rows, I inner.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_accel.kernels.device import launch, tl, triton, use_triton
+
+COLUMNS = 1024  # of a tile
+
+
+def squared_relu(u: Tensor, weight: Tensor, u_more: Tensor | None = None) -> Tensor:
+    """`relu(u + u_more)^2 * weight`: u [P,I], weight [P], u_more [P,I] -> [P,I] in the dtype of u."""
+    if not use_triton(u):
+        return squared_relu_torch(u, weight, u_more)
+    u, out = u.contiguous(), torch.empty_like(u, memory_format=torch.contiguous_format)
+    tensors = u, _or(u_more, u), weight.contiguous(), out
+    launch(_forward_kernel, (u.shape[0],), *tensors, HAS_MORE=u_more is not None, inner=u.shape[1], COLUMNS=COLUMNS)
+    return out
+
+
+def squared_relu_backward(
+    gradient: Tensor, u: Tensor, weight: Tensor, gradient_more: Tensor | None = None, u_more: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of `squared_relu`, and its output again.
+
+    Args:
+        gradient: [P,I], of the output.
+        u: [P,I], as in forward.
+        weight: [P], as in forward.
+        gradient_more: [P,I], what is added to the gradient.
+        u_more: [P,I], as in forward.
+
+    Returns:
+        gradient of u [P,I] in its dtype, gradient of weight [P] in its dtype, and `squared_relu(u, weight, u_more)`.
+    """
+    if not use_triton(u):
+        return squared_relu_backward_torch(gradient, u, weight, gradient_more, u_more)
+    num_rows, inner = gradient.shape
+    gradient, u, weight = gradient.contiguous(), u.contiguous(), weight.contiguous()
+    u_grad, weight_grad, out = torch.empty_like(u), torch.empty_like(weight), torch.empty_like(gradient)
+    tensors = gradient, _or(gradient_more, gradient), u, _or(u_more, u), weight, u_grad, weight_grad, out
+    has = {"HAS_GRADIENT_MORE": gradient_more is not None, "HAS_MORE": u_more is not None}
+    launch(_backward_kernel, (num_rows,), *tensors, **has, inner=inner, COLUMNS=COLUMNS)
+    return u_grad, weight_grad, out
+
+
+def _or(more: Tensor | None, instead: Tensor) -> Tensor:
+    return instead if more is None else more.contiguous()
+
+
+def squared_relu_torch(u: Tensor, weight: Tensor, u_more: Tensor | None = None) -> Tensor:
+    """The definition of `squared_relu`."""
+    exact = torch.promote_types(u.dtype, torch.float32)
+    return (_sum(u, u_more, exact).relu().square() * weight.to(exact)[:, None]).to(u.dtype)
+
+
+def squared_relu_backward_torch(
+    gradient: Tensor, u: Tensor, weight: Tensor, gradient_more: Tensor | None = None, u_more: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of `squared_relu_backward`."""
+    exact = torch.promote_types(u.dtype, torch.float32)
+    positive, scale = _sum(u, u_more, exact).relu(), weight.to(exact)[:, None]
+    gradient = _sum(gradient, gradient_more, exact)
+    square = positive.square()
+    u_grad = (gradient * scale * 2 * positive).to(u.dtype)
+    return u_grad, (gradient * square).sum(1).to(weight.dtype), (square * scale).to(u.dtype)
+
+
+def _sum(values: Tensor, more: Tensor | None, exact: torch.dtype) -> Tensor:
+    return values.to(exact) if more is None else values.to(exact) + more.to(exact)
+
+
+@triton.jit
+def _load(values, more, at, inside, HAS_MORE: tl.constexpr):
+    found = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_MORE:
+        found += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+    return found
+
+
+@triton.jit
+def _forward_kernel(u, u_more, weight, out, HAS_MORE: tl.constexpr, inner: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(weight + row).to(tl.float32)
+    for first in range(0, inner, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        inside = column < inner
+        value = _load(u, u_more, row * inner + column, inside, HAS_MORE)
+        positive = tl.where(value < 0, 0.0, value)  # keeps a NaN, as relu does
+        tl.store(out + row * inner + column, (positive * positive * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    gradient,
+    gradient_more,
+    u,
+    u_more,
+    weight,
+    u_grad,
+    weight_grad,
+    out,
+    HAS_GRADIENT_MORE: tl.constexpr,
+    HAS_MORE: tl.constexpr,
+    inner: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(weight + row).to(tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, inner, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        inside = column < inner
+        at = row * inner + column
+        value = _load(u, u_more, at, inside, HAS_MORE)
+        of_out = _load(gradient, gradient_more, at, inside, HAS_GRADIENT_MORE)
+        positive = tl.where(value < 0, 0.0, value)
+        square = positive * positive
+        total += of_out * square
+        tl.store(u_grad + at, (of_out * scale * 2 * positive).to(u_grad.dtype.element_ty), mask=inside)
+        tl.store(out + at, (square * scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(weight_grad + row, tl.sum(total, 0).to(weight_grad.dtype.element_ty))
