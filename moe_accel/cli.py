@@ -331,6 +331,22 @@ def bench(
     raise typer.Exit(run_bench(options, as_json, out))
 
 
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what is installed, what of it can be used, why not, and the command that mends it; exit 1 at a fault.
+
+    Python, torch, GPUs and what connects them, the packages beneath and beside moe-accel, its hook into accelerate
+    launch, and the moe_config section of accelerate's default config file.
+
+    [bold]Example[/bold]
+
+    moe-accel doctor --json
+    """
+    from moe_accel.doctor import doctor as run_doctor
+
+    raise typer.Exit(run_doctor(as_json))
+
+
 def _refuse_adapter_options(folder: Path, *given: object) -> None:
     names = ("--base", "--model-type", "--lora-order", "--lora-b-layout")
     asked = [name for name, value in zip(names, given, strict=True) if value is not None]

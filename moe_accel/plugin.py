@@ -8,7 +8,6 @@
 Every hook is one line in `install`, acts only for accelerators that carry a `MoEConfig`, and leaves others alone.
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moe_accel import block, checkpoint, experts, kept, lora, loss
-from moe_accel.dispatch import AllToAll
-from moe_accel.errors import ConfigError, DependencyError, UnsupportedModelError
+from moe_accel.dispatch import choose
+from moe_accel.errors import ConfigError, UnsupportedModelError
 from moe_accel.hooks import wrap
 from moe_accel.mesh import check_experts
 from moe_accel.report import Choice, Report, say
@@ -43,7 +42,7 @@ def install(accelerator: Accelerator) -> None:
     check_versions()
     config: Any = accelerator.parallelism_config
     choose_kernels(config.kernels, accelerator.device)
-    choose_dispatcher(config.dispatcher, config.ep_size)
+    choose.check(config.dispatcher, config.ep_size, accelerator.device)
     experts.register()
     _installed.setdefault(accelerator, [])
     checkpoint.install(accelerator)
@@ -119,7 +118,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
 
     Raises:
         UnsupportedModelError: the model cannot be swapped, or somebody else distributed it.
-        ConfigError: ep_size does not divide the number of experts.
+        ConfigError: ep_size does not divide the number of experts, or the dispatcher asked for does not fit.
     """
     config: Any = accelerator.parallelism_config
     refuse_distributed(model)
@@ -132,10 +131,11 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     kept_said = kept.keep_layers(_unwrapped(model), config.kept_layers, fsdp_plugin)
 
     kernels = choose_kernels(config.kernels, accelerator.device)
-    dispatcher = choose_dispatcher(config.dispatcher, config.ep_size)
+    group = config.sparse_mesh.get_group("ep") if config.ep_size > 1 else None
+    dispatcher = choose.choose(config.dispatcher, group, traffic(found), accelerator.device)
     lean = kept.kept_experts(_unwrapped(model))
     for _, module in found:
-        transport = _transport(config, module.num_experts) if config.ep_size > 1 else None
+        transport = group and choose.transport(dispatcher, group, module.num_experts // config.ep_size)
         ep_rank = transport.rank if transport else 0
         settings = experts.Settings(kernels.value, transport, config.ep_size, ep_rank, lean=module in lean)
         experts.install(module, settings)
@@ -207,27 +207,11 @@ def told_of_lora(kernels: Choice, model: nn.Module) -> list[str]:
     return said + [f"LoRA on {num} linear layers computed by PEFT in training: {why}" for why, num in reasons.items()]
 
 
-def choose_dispatcher(asked: str, ep_size: int) -> Choice:
-    """The transport, with the reason.
-
-    Raises:
-        DependencyError: `deepep` without the package.
-        ConfigError: `deepep`, which this version does not have.
-    """
-    if ep_size == 1:
-        return Choice("none", "ep_size 1: every rank has all experts")
-    if asked == "deepep":
-        if importlib.util.find_spec("deep_ep") is None:
-            raise DependencyError(
-                "dispatcher=deepep needs the package deep_ep, which is not installed",
-                "dispatcher: auto, or pip install 'moe-accel[deepep]'",
-            )
-        raise ConfigError("dispatcher=deepep is not in this version of moe-accel", "dispatcher: alltoall")
-    return Choice("alltoall", "asked for" if asked == "alltoall" else "auto: it needs nothing but torch.distributed")
-
-
-def _transport(config: Any, num_experts: int) -> AllToAll:
-    return AllToAll(config.sparse_mesh.get_group("ep"), num_experts // config.ep_size)
+def traffic(found: list[tuple[str, Any]]) -> choose.Traffic:
+    """What the layers send to each other, by those with the most experts."""
+    largest = max((module for _, module in found), key=lambda module: module.num_experts)
+    top_k = getattr(largest.config, "num_experts_per_tok", None) or min(8, largest.num_experts)
+    return choose.Traffic(largest.num_experts, experts.hidden_size(largest), top_k)
 
 
 def refuse_distributed(model: nn.Module) -> None:

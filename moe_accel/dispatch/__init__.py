@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moe_accel.dispatch.alltoall import AllToAll, AllToAllHandle
+from moe_accel.dispatch.deepep import DeepEP, DeepEPHandle
 
 
 class Handle(Protocol):
@@ -43,7 +44,8 @@ class Dispatcher(Protocol):
             x: [N,H] tokens.
             choices: [N,K] integer, expert of each choice, counted over all ranks.
             weights: [N,K] routing weights, any floating dtype.
-            handle: a `Handle` of an earlier dispatch, to repeat its routing: no counting, no wait for the device.
+            handle: a `Handle` of an earlier dispatch, to repeat its routing: no counting, no wait for the device. The
+                weights that arrive may be those of that dispatch: DeepEP repeats rows alone.
 
         Returns:
             x [R,H] and weights [R,K] in their dtypes, choices [R,K] local (-1: not here), and the `Handle`.
@@ -55,4 +57,4 @@ class Dispatcher(Protocol):
         ...
 
 
-__all__ = ["AllToAll", "AllToAllHandle", "Dispatcher", "Handle"]
+__all__ = ["AllToAll", "AllToAllHandle", "DeepEP", "DeepEPHandle", "Dispatcher", "Handle"]

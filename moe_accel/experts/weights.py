@@ -30,6 +30,11 @@ def down_weight(module: Any) -> tuple[Tensor, Tensor | None]:
     return _linear(module, projections(module)[1])
 
 
+def hidden_size(module: Any) -> int:
+    """H of an experts module."""
+    return up_weight(module)[0].shape[1]
+
+
 def projections(module: Any) -> tuple[str, str]:
     """Names of the parameters of a module's two projections."""
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"

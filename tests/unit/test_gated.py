@@ -57,7 +57,7 @@ def test_lean_experts_keep_no_projection_and_give_the_same_bits(adapted):
         with torch.autograd.graph.saved_tensors_hooks(
             lambda each, kept=kept: kept.append(each) or each, lambda each: each
         ):
-            y = gated_experts(x, up, down, weight_p, routing, factors[:2] or None, factors[2:] or None, lean)
+            y = gated_experts(x, up, down, weight_p, routing, factors[:2] or None, factors[2:] or None, lean=lean)
         found.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
         sizes.append(sum(each.nbytes for each in kept))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

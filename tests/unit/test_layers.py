@@ -32,7 +32,19 @@ LAYERS = [
 ]
 """Bottom first; a module may import what stands below it. A subpackage is one name here."""
 
-WITHOUT_TORCH = ["cli", "config", "errors", "launch", "hooks", "autoload", "worker", "version", "versions", "report"]
+WITHOUT_TORCH = [
+    "cli",
+    "config",
+    "errors",
+    "launch",
+    "hooks",
+    "autoload",
+    "worker",
+    "version",
+    "versions",
+    "report",
+    "doctor",
+]
 WITHOUT_TORCH += [f"bench.{name}" for name in ("options", "shapes", "run", "table", "command")]
 WITHOUT_TORCH += [
     name for name in ("convert.layout", "estimate") if (PACKAGE / f"{name.replace('.', '/')}.py").exists()

@@ -1,7 +1,6 @@
 """prepare() in one process: the numbers of stock transformers, what is refused, and what accelerate has to keep."""
 
 import inspect
-import sys
 from types import SimpleNamespace
 
 import accelerate.accelerator
@@ -14,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from moe_accel import MoEConfig, plugin
+from moe_accel.dispatch import choose, deepep
 from moe_accel.errors import ConfigError, DependencyError, UnsupportedModelError
 from moe_accel.mesh import build_sparse_mesh
 from moe_accel.report import Choice
@@ -267,7 +267,7 @@ def test_experts_that_do_not_split_over_the_ep_ranks_are_refused():
     assert settings_of(model) == [None, None]
 
 
-# ---- kernels and dispatcher
+# ---- kernels and dispatcher (tests/unit/test_deepep.py, tests/dist/test_choose_dispatcher.py: with DeepEP)
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -290,37 +290,30 @@ def test_kernels_te_are_refused_when_the_accelerator_is_made():
     assert told(error) == ("kernels=te is not in this version of moe-accel", "kernels: auto")
 
 
-DISPATCHERS = {
-    ("auto", 1): Choice("none", "ep_size 1: every rank has all experts"),
-    ("alltoall", 1): Choice("none", "ep_size 1: every rank has all experts"),
-    ("auto", 2): Choice("alltoall", "auto: it needs nothing but torch.distributed"),
-    ("alltoall", 2): Choice("alltoall", "asked for"),
-}
-
-
-@pytest.mark.parametrize(("asked", "choice"), DISPATCHERS.items(), ids=str)
-def test_the_dispatcher_is_chosen_with_a_reason(asked, choice):
-    assert plugin.choose_dispatcher(*asked) == choice
-
-
-def test_deepep_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def test_deepep_that_is_not_installed_is_refused_when_the_accelerator_is_made(monkeypatch):
+    monkeypatch.setattr(deepep, "is_installed", lambda: False)
     with pytest.raises(DependencyError) as error:
-        plugin.choose_dispatcher("deepep", 2)
+        choose.check("deepep", 2, CPU)
     assert told(error) == (
         "dispatcher=deepep needs the package deep_ep, which is not installed",
         "dispatcher: auto, or pip install 'moe-accel[deepep]'",
     )
 
 
-def test_deepep_that_is_installed_is_refused_too_by_this_version(monkeypatch):
-    asked = []
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: asked.append(name) or object())
-    with pytest.raises(ConfigError) as error:
-        plugin.choose_dispatcher("deepep", 2)
-    assert told(error) == ("dispatcher=deepep is not in this version of moe-accel", "dispatcher: alltoall")
-    assert asked == ["deep_ep"]
-    assert "deep_ep" not in sys.modules
+def test_deepep_at_ep_size_1_is_not_looked_for(monkeypatch):
+    monkeypatch.setattr(deepep, "is_installed", lambda: 1 / 0)
+    choose.check("deepep", 1, CPU)
+    assert choose.choose("deepep", None, choose.Traffic(8, 16, 2), CPU) == Choice(
+        "none", "ep_size 1: every rank has all experts"
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"), {"auto": "auto: it needs nothing but torch.distributed", "alltoall": "asked for"}.items()
+)
+def test_without_a_gpu_it_is_all_to_all_and_nothing_is_gathered(asked, reason):
+    choose.check(asked, 2, CPU)
+    assert choose.choose(asked, object(), choose.Traffic(8, 16, 2), CPU) == Choice("alltoall", reason)
 
 
 def test_versions_are_checked_when_the_accelerator_is_made(monkeypatch):

@@ -1,0 +1,394 @@
+"""The transport of DeepEP (https://github.com/deepseek-ai/DeepEP): one kernel a direction, over NVLink and RDMA.
+
+The only file that imports `deep_ep`. Two implementations behind one class: `Buffer` (1.2, kept in 2.x), which is taken
+where it is there, and `ElasticBuffer` (2.x); MOE_ACCEL_DEEPEP=buffer or elastic asks for one of them. Read in their
+sources, 1.2.1 and 2.1.0:
+
+- Rows are bf16, routing weights fp32. Combine sums the rows of the ranks of a token in fp32 and rounds once; between
+  nodes once a node, then once more. Elastic adds two rows in bf16, which is one rounding, too.
+- Weights are not applied by DeepEP: our experts multiply by them before combine, as with all-to-all.
+- A dispatch waits on the host for the row counts; with the handle of an earlier one it waits for nothing. The handle
+  repeats rows and no weights, so a recomputed forward gets the weights of the first one, not those of its own router.
+- Destroying a buffer is a collective call that waits for the other ranks, and the process group must still be there.
+
+Sizes: N tokens of this rank, R rows received, H hidden, K top-k, E experts of the group, e experts of this rank.
+"""
+
+import atexit
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_accel.errors import ConfigError
+from moe_accel.hooks import wrap
+
+ENV_VAR = "MOE_ACCEL_DEEPEP"
+KINDS = {"buffer": "Buffer", "elastic": "ElasticBuffer"}
+"""Our names of the implementations, and the package's."""
+
+MAX_TOP_K = 32
+
+
+@dataclass(frozen=True)
+class DeepEPHandle:
+    """What a dispatch leaves.
+
+    Attributes:
+        choices: [R,K] int32, local expert of each choice of a received row, -1 where another rank has it.
+        num_pairs: how many of `choices` are not -1.
+        weights: [R,K] fp32, routing weights as received; 0 where another rank has the expert.
+        dtype: of the tokens, which combine gives back.
+        num_tokens: N.
+        native: the handle of `deep_ep`.
+    """
+
+    choices: Tensor
+    num_pairs: int
+    weights: Tensor
+    dtype: torch.dtype
+    num_tokens: int
+    native: Any
+
+
+class DeepEP:
+    """Dispatcher over the ranks of one process group, each holding `num_local_experts` consecutive experts."""
+
+    name = "deepep"
+
+    def __init__(self, group: dist.ProcessGroup, num_local_experts: int):
+        self.group, self.num_local_experts = group, num_local_experts
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.num_experts = num_local_experts * self.num_ranks
+        self.buffers = _buffers(group, kind())
+
+    def open(self, num_tokens: int, hidden: int, top_k: int) -> None:
+        """Allocate the buffer now, not at the first dispatch. A collective call, with the same sizes on all ranks."""
+        self.buffers.make_room(num_tokens, hidden, top_k)
+
+    def dispatch(
+        self, x: Tensor, choices: Tensor, weights: Tensor, handle: DeepEPHandle | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, DeepEPHandle]:
+        """See `Dispatcher.dispatch`; x is bf16 there, too, where autocast lets it be sent as such.
+
+        With a handle, weights are those of its dispatch, and their gradient goes to the new ones.
+
+        Raises:
+            ConfigError: dtype or top-k are none that DeepEP has.
+        """
+        if choices.shape[1] > MAX_TOP_K:
+            raise ConfigError(f"dispatcher=deepep sends at most {MAX_TOP_K} choices a token, not {choices.shape[1]}")
+        made: list[DeepEPHandle] = []
+        function: Any = _Dispatch
+        x_r, weights_r = function.apply(_as_bf16(x), weights.float(), choices, self, handle, x.dtype, made)
+        return x_r, made[0].choices, weights_r.to(weights.dtype), made[0]
+
+    def combine(self, y: Tensor, handle: DeepEPHandle) -> Tensor:
+        """See `Dispatcher.combine`; in the dtype of the tokens dispatched."""
+        combined: Any = _Combine.apply(_as_bf16(y), self, handle)
+        return combined.to(handle.dtype)
+
+    def send(self, x: Tensor, choices: Tensor, weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, DeepEPHandle]:
+        """Dispatch what was not dispatched before: x [N,H] bf16, weights [N,K] fp32."""
+        num_tokens = x.shape[0]
+        choices = choices.to(_package().topk_idx_t)
+        if num_tokens == 0:  # no kernel is asked what it does without tokens: one goes nowhere
+            x, weights = x.new_zeros(1, x.shape[1]), weights.new_zeros(1, weights.shape[1])
+            choices = choices.new_full((1, choices.shape[1]), -1)
+        operands = x.contiguous(), choices.contiguous(), weights.contiguous()
+        x_r, choices_r, weights_r, counts, native = self.buffers.send(*operands, self.num_experts)
+        return x_r, DeepEPHandle(choices_r.to(torch.int32), sum(counts), weights_r, dtype, num_tokens, native)
+
+    def send_again(self, x: Tensor, handle: DeepEPHandle) -> Tensor:
+        """Dispatch other rows the same way: [N,H] -> [R,H], no wait on the host."""
+        return self.buffers.send_again(x.contiguous() if x.shape[0] else x.new_zeros(1, x.shape[1]), handle.native)
+
+    def sum_back(self, y: Tensor, handle: DeepEPHandle, weights: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Rows [R,H] and perhaps weights [R,K] back to their tokens, summed: [N,H] and [N,K]."""
+        weights = None if weights is None else weights.contiguous()
+        x, summed = self.buffers.sum_back(y.contiguous(), handle.native, weights)
+        return x[: handle.num_tokens], None if summed is None else summed[: handle.num_tokens]
+
+
+class _Dispatch(torch.autograd.Function):
+    """Its gradient is a combine: of rows and of routing weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, choices: Tensor, transport: DeepEP, *rest: Any) -> Any:
+        handle, dtype, made = rest
+        if handle is None:
+            x_r, handle = transport.send(x, choices, weights, dtype)
+        else:
+            x_r = transport.send_again(x, handle)
+        made.append(handle)
+        ctx.transport, ctx.handle = transport, handle
+        # Another tensor on the same memory: autograd marks what is returned, and the handle outlives the graph.
+        return x_r, handle.weights.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        of_weights = gradients[1] if ctx.needs_input_grad[1] else None
+        x, weights = ctx.transport.sum_back(gradients[0], ctx.handle, of_weights)
+        return x, weights, None, None, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Its gradient is a dispatch that repeats the first one."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, transport: DeepEP, handle: DeepEPHandle) -> Tensor:
+        ctx.transport, ctx.handle = transport, handle
+        return transport.sum_back(y, handle)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return ctx.transport.send_again(gradients[0], ctx.handle), None, None
+
+
+def _as_bf16(rows: Tensor) -> Tensor:
+    """Rows as DeepEP sends them; fp32 is rounded where autocast would round it for the experts, and nowhere else."""
+    if rows.dtype == torch.bfloat16:
+        return rows
+    device = rows.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    if rows.dtype != torch.float32 or not autocast:
+        raise ConfigError(
+            f"dispatcher=deepep sends bf16, and the hidden states are {str(rows.dtype).removeprefix('torch.')}",
+            "mixed_precision: bf16, or dispatcher: alltoall",
+        )
+    return rows.to(torch.bfloat16)
+
+
+# ---- the two implementations
+
+
+class _Buffer:
+    """`deep_ep.Buffer`. Its handles hold tensors only, and so outlive a buffer that is replaced by a larger one."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group, self.hidden = group, 0
+        self.native: Any = None
+
+    def make_room(self, num_tokens: int, hidden: int, top_k: int) -> None:
+        """Its size depends on H alone: tokens go through in chunks."""
+        if hidden <= self.hidden:
+            return
+        self.close()
+        buffer, num_ranks, row_bytes = _package().Buffer, self.group.size(), hidden * 2
+        # Kept: `Buffer.set_num_sms` changes what these calls return, and a handle fits one number of SMs.
+        self.how_to_send, self.how_to_sum = buffer.get_dispatch_config(num_ranks), buffer.get_combine_config(num_ranks)
+        configs = self.how_to_send, self.how_to_sum
+        nvlink_bytes = max(config.get_nvl_buffer_size_hint(row_bytes, num_ranks) for config in configs)
+        rdma_bytes = max(config.get_rdma_buffer_size_hint(row_bytes, num_ranks) for config in configs)
+        self.native = buffer(self.group, nvlink_bytes, rdma_bytes, explicitly_destroy=True)
+        self.hidden = hidden
+
+    def send(
+        self, x: Tensor, choices: Tensor, weights: Tensor, num_experts: int
+    ) -> tuple[Tensor, Tensor, Tensor, list[int], Any]:
+        self.make_room(x.shape[0], x.shape[1], choices.shape[1])
+        layout = self.native.get_dispatch_layout(choices, num_experts, **self._after(self.native.capture()))
+        per_rank, per_node, per_expert, in_rank, event = layout
+        x_r, choices_r, weights_r, counts, native, event = self.native.dispatch(
+            x,
+            topk_idx=choices,
+            topk_weights=weights,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            config=self.how_to_send,
+            **self._after(event),
+        )
+        event.current_stream_wait()
+        return x_r, choices_r, weights_r, counts, native
+
+    def send_again(self, x: Tensor, native: Any) -> Tensor:
+        how = self._after(self.native.capture())
+        x_r, *_, event = self.native.dispatch(x, handle=native, config=self.how_to_send, **how)
+        event.current_stream_wait()
+        return x_r
+
+    def sum_back(self, y: Tensor, native: Any, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        how = self._after(self.native.capture())
+        x, summed, event = self.native.combine(y, native, topk_weights=weights, config=self.how_to_sum, **how)
+        event.current_stream_wait()
+        return x, summed
+
+    def close(self) -> None:
+        if self.native is not None:
+            self.native.destroy()
+        self.native, self.hidden = None, 0
+
+    @staticmethod
+    def _after(event: Any) -> dict[str, Any]:
+        """Start on DeepEP's stream once `event` has happened, and let this stream wait for no more than the result."""
+        return {"previous_event": event, "async_finish": True, "allocate_on_comm_stream": True}
+
+
+class _Elastic:
+    """`deep_ep.ElasticBuffer`, which has to know the most tokens of a rank: they are asked for, once a dispatch."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group, self.room = group, (0, 0, 0)
+        self.native: Any = None
+
+    def make_room(self, num_tokens: int, hidden: int, top_k: int) -> None:
+        """Room for the next power of two of tokens: kernels are compiled for a size, so it should change rarely."""
+        wanted = max(128, 1 << (num_tokens - 1).bit_length()), hidden, top_k
+        if self.native is not None and all(want <= have for want, have in zip(wanted, self.room, strict=True)):
+            return
+        self.close()
+        self.room = tuple(max(pair) for pair in zip(wanted, self.room, strict=True))
+        num_tokens, hidden, top_k = self.room
+        self.native = _package().ElasticBuffer(
+            self.group,
+            num_max_tokens_per_rank=num_tokens,
+            hidden=hidden,
+            num_topk=top_k,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            explicitly_destroy=True,
+        )
+
+    def send(
+        self, x: Tensor, choices: Tensor, weights: Tensor, num_experts: int
+    ) -> tuple[Tensor, Tensor, Tensor, list[int], Any]:
+        most = torch.tensor([x.shape[0]], device=x.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        self.make_room(int(most), x.shape[1], choices.shape[1])
+        x_r, choices_r, weights_r, native, event = self.native.dispatch(
+            x,
+            topk_idx=choices,
+            topk_weights=weights,
+            num_experts=num_experts,
+            num_max_tokens_per_rank=self.room[0],
+            **self._now(),
+        )
+        event.current_stream_wait()
+        return x_r, choices_r, weights_r, native.num_recv_tokens_per_expert_list, native
+
+    def send_again(self, x: Tensor, native: Any) -> Tensor:
+        # without num_sms it would be worked out from num_experts, which a repeated dispatch is not given
+        x_r, *_, event = self.native.dispatch(x, handle=native, num_sms=native.num_sms, **self._now())
+        event.current_stream_wait()
+        return x_r
+
+    def sum_back(self, y: Tensor, native: Any, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x, summed, event = self.native.combine(y, native, topk_weights=weights, **self._now())
+        event.current_stream_wait()
+        return x, summed
+
+    def close(self) -> None:
+        if self.native is not None:
+            self.native.destroy()
+        self.native = None
+
+    def _now(self) -> dict[str, Any]:
+        how = {"async_with_compute_stream": True, "allocate_on_comm_stream": True}
+        return {"previous_event": self.native.capture(), **how}
+
+
+# ---- one buffer a group, shared by all layers and models, and gone before its process group
+
+
+_open: dict[Any, _Buffer | _Elastic] = {}
+
+
+def _buffers(group: dist.ProcessGroup, kind: str) -> Any:
+    wrap(dist, "destroy_process_group", _closing_first)
+    _close_at_exit()
+    if (group, kind) not in _open:
+        _open[group, kind] = _Buffer(group) if kind == "buffer" else _Elastic(group)
+    return _open[group, kind]
+
+
+def close(group: Any = None) -> None:
+    """Destroy the buffers of a group, or all; they come back when used again. A collective call."""
+    for (of_group, _), buffers in _open.items():
+        if group is None or of_group is group:
+            buffers.close()
+
+
+def _closing_first(original: Callable) -> Callable:
+    """Around `torch.distributed.destroy_process_group`."""
+
+    def destroy_process_group(group: Any = None) -> None:
+        _close_unless_failing(None if group is dist.group.WORLD else group)
+        original(group)
+
+    return destroy_process_group
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    atexit.register(_close_unless_failing)
+
+
+def _close_unless_failing(group: Any = None) -> None:
+    """After an exception the other ranks may be anywhere: waiting for them would only hide it."""
+    if sys.exc_info()[0] is None and getattr(sys, "last_value", None) is None:
+        close(group)
+        for key in [each for each in _open if group is None or each[0] is group]:
+            del _open[key]
+
+
+# ---- whether it can be used
+
+
+@functools.cache
+def _package() -> Any:
+    return importlib.import_module("deep_ep")
+
+
+def is_installed() -> bool:
+    """Whether there is a package of this name."""
+    return importlib.util.find_spec("deep_ep") is not None
+
+
+def kind() -> str:
+    """Which implementation is used: `buffer` or `elastic`."""
+    return os.environ.get(ENV_VAR) or ("buffer" if hasattr(_package(), "Buffer") else "elastic")
+
+
+def implementation() -> str:
+    """Of the package in use, for people: its class and version."""
+    version = getattr(_package(), "__version__", None)
+    return f"deep_ep.{KINDS[kind()]}{f' {version}' if version else ''}"
+
+
+def problem(device: torch.device) -> str | None:
+    """Why this process cannot use DeepEP, whatever the model; None where it can."""
+    if not is_installed():
+        return "the package deep_ep is not installed"
+    if device.type != "cuda":
+        return f"it needs a CUDA GPU, and this process computes on {device.type}"
+    try:
+        package = _package()
+    except (ImportError, OSError, AssertionError, RuntimeError) as error:  # 2.x asserts that NCCL is the one it wants
+        return f"import deep_ep fails: {type(error).__name__}: {str(error).strip() or 'without a message'}"
+    asked = os.environ.get(ENV_VAR)
+    if asked and asked not in KINDS:
+        return f"{ENV_VAR}={asked!r} must be one of {', '.join(KINDS)}"
+    wanted = [KINDS[asked]] if asked else list(KINDS.values())
+    if not any(hasattr(package, name) for name in wanted):
+        others = [name for name in (*KINDS.values(), "EPBuffer", "HybridEPBuffer") if hasattr(package, name)]
+        return f"deep_ep has no {' or '.join(wanted)}, only {', '.join(others) or 'other names'}"
+    return _problem_of_gpu(device, package)
+
+
+def _problem_of_gpu(device: torch.device, package: Any) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (9, 0) or (kind() == "buffer" and not package.Buffer.is_sm90_compiled()):
+        return None
+    return f"deep_ep is built for compute capability 9.0 and newer, and this GPU has {'.'.join(map(str, capability))}"
