@@ -17,6 +17,7 @@ from pathlib import Path
 
 from moe_accel.convert.copy import Copier, Files, Stopped
 from moe_accel.convert.dequantize import Dequantization, plan_dequantization
+from moe_accel.convert.digest import new_digest
 from moe_accel.convert.headers import read_header
 from moe_accel.convert.layout import load_families
 from moe_accel.convert.lower import Operation, Run, batches, coalesce, lower_output
@@ -221,8 +222,8 @@ def _write_shards(
     job: Job, target: Target, parts: tuple[list[Part], list[Part]], progress: Progress
 ) -> tuple[list[str], dict[Region, str]]:
     files = Files()
-    checker = Checker(files, job.checkpoint, partial(progress, "check"))
-    copier = Copier(files, partial(progress, "copy"))
+    copier = Copier(files, partial(progress, "copy"), new_digest if job.options.verify == "full" else None)
+    checker = Checker(files, job.checkpoint, partial(progress, "check"), copier.seen)
     kept: list[str] = []
     unfinished: set[str] = set()
     finishing: list[Future[None]] = []
