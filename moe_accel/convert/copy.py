@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from moe_accel.convert.buffers import BLOCK_BYTES, buffer
 from moe_accel.convert.lower import Gather, Operation, Piece, Place, Run
 from moe_accel.errors import CheckpointError
 
-BLOCK_BYTES = 8 << 20
-"""Size of a buffer; a thread has one for what it reads and one for what it writes."""
 KERNEL_BYTES = 32 << 20
 """Most that one call of the kernel moves: how soon Ctrl-C counts, and how often progress is told."""
 
@@ -89,27 +88,7 @@ def _open_to_read(file: Path, direct: bool) -> int:
         return -1
 
 
-_local = threading.local()
-
-
-def buffer(name: str, num_bytes: int) -> memoryview:
-    """This thread's buffer of that name, `num_bytes` long; it starts where a page of memory starts."""
-    found = getattr(_local, name, None)
-    if found is None or len(found) < num_bytes:
-        found = memoryview(_memory(max(num_bytes, min(BLOCK_BYTES, 2 * num_bytes), 1)))
-        setattr(_local, name, found)
-    return found[:num_bytes]
-
-
-def _memory(num_bytes: int) -> mmap.mmap:
-    """Pages of this process alone, large ones where there are some."""
-    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return mmap.mmap(-1, num_bytes)
-    found = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            found.madvise(mmap.MADV_HUGEPAGE)
-    return found
+_kept = threading.local()
 
 
 def read_into(file: Path, fd: int, view: memoryview, at: int) -> None:
@@ -390,7 +369,7 @@ def read_place(files: Files, place: Place, start: int, stop: int, direct: bool =
     """
     at, shape, steps = place.at + start * place.row_step, (stop - start, place.cols), (place.row_step, place.col_step)
     span = (shape[0] - 1) * steps[0] + (shape[1] - 1) * steps[1] + place.item
-    kept = getattr(_local, "kept", None)
+    kept = getattr(_kept, "last", None)
     if kept is None or kept[:2] != (files, place.file) or not kept[2] <= at <= at + span <= kept[2] + len(kept[3]):
         outer = 0 if steps[0] >= steps[1] else 1
         rows_bytes = shape[outer] * steps[outer]
@@ -398,5 +377,5 @@ def read_place(files: Files, place: Place, start: int, stop: int, direct: bool =
             return read_strided(files, place.file, at, shape, steps, place.item, direct)
         num_bytes = max(span, min(rows_bytes, os.fstat(files.fd(place.file)).st_size - at))
         view = read_named(files, place.file, "kept", at, num_bytes, direct)
-        kept = _local.kept = files, place.file, at, view
+        kept = _kept.last = files, place.file, at, view
     return as_strided(np.frombuffer(kept[3][at - kept[2] :][:span], UNSIGNED[place.item]), shape, steps)
