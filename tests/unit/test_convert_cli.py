@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from moe_accel import cli
+from moe_accel.convert.job import VERIFY_LEVELS
 from moe_accel.convert.layout import TARGETS
 from moe_accel.convert.regions import Tensor
-from moe_accel.convert.run import VERIFY_LEVELS
 from tests.unit.convert_job import write_file, write_source
 
 COMMANDS = ["convert", "verify", "inspect"]
