@@ -179,9 +179,8 @@ def _target(
         if named is not None and _same_roles(group, named):
             family = named
         elif target not in families.targets:
-            notes.append(
-                f"{group.prefix}: taken for {family.name} ({family.about}), as model_type {model_type!r} names no family"  # noqa: E501
-            )
+            said = f"model_type {model_type!r} names no family" if model_type else "there is no model_type"
+            notes.append(f"{group.prefix}: taken for {family.name} ({family.about}), as {said}")
     if target in families.targets:
         return family, families.targets[target]
     if target == "hub":
