@@ -154,6 +154,8 @@ def convert(
         request = _request(to, family, base, model_type, lora_order, lora_b_layout, overwrite, dry_run)
         raise typer.Exit(convert_adapter(source, target, request, as_json))
     _refuse_adapter_options(source, base, model_type, lora_order, lora_b_layout)
+    if to is Layout.peft and source.is_dir():
+        raise ConfigError(f"--to peft is for adapters; {source} holds none", "--to stacked is what transformers holds")
     lossy = dequantize.value if dequantize else None
     options = Options(to.value, family, size, verify.value, overwrite, threads or default_threads(), lossy)
     raise typer.Exit(run_convert(source, target, options, dry_run, as_json))

@@ -49,6 +49,7 @@ DTYPE_BITS = {
 }
 DTYPE_ORDER = {dtype: at for at, dtype in enumerate(DTYPE_BITS)}
 
+AGAIN = "download or copy it again"
 LFS_START = b"version https://git-lfs.github.com/spec/"
 
 
@@ -94,7 +95,9 @@ def _read_raw(file: Path, stream: Any, file_bytes: int) -> bytes:
     if start == LFS_START:
         raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself", "git lfs pull")
     if file_bytes < 8:
-        raise CheckpointError(f"{file} is cut short: needs 8 bytes for the length of its header, has {file_bytes}")
+        raise CheckpointError(
+            f"{file} is cut short: needs 8 bytes for the length of its header, has {file_bytes}", AGAIN
+        )
     (length,) = struct.unpack("<Q", start[:8])
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
@@ -102,11 +105,11 @@ def _read_raw(file: Path, stream: Any, file_bytes: int) -> bytes:
             f"{MAX_HEADER_BYTES} are allowed"
         )
     if length + 8 > file_bytes:
-        raise CheckpointError(f"{file} is cut short: its header needs {length + 8} bytes, has {file_bytes}")
+        raise CheckpointError(f"{file} is cut short: its header needs {length + 8} bytes, has {file_bytes}", AGAIN)
     stream.seek(0)
     raw = stream.read(length + 8)
     if len(raw) != length + 8:
-        raise CheckpointError(f"{file} is cut short: its header needs {length + 8} bytes, has {len(raw)}")
+        raise CheckpointError(f"{file} is cut short: its header needs {length + 8} bytes, has {len(raw)}", AGAIN)
     return raw
 
 
@@ -215,7 +218,7 @@ def _check_entries(
             )
         at, before = end, tensor.name
     if data_start + at > file_bytes:
-        raise CheckpointError(f"{file} is cut short: needs {data_start + at} bytes, has {file_bytes}")
+        raise CheckpointError(f"{file} is cut short: needs {data_start + at} bytes, has {file_bytes}", AGAIN)
     if data_start + at < file_bytes:
         raise CheckpointError(
             f"{file} has {file_bytes - data_start - at} bytes too many: its header describes {data_start + at}, "

@@ -43,6 +43,21 @@ class Place(NamedTuple):
         """Bytes of its elements."""
         return self.rows * self.cols * self.item
 
+    @property
+    def lies_turned(self) -> bool:
+        """Whether the file has column after column."""
+        return self.rows > 1 and self.cols > 1 and self.row_step < self.col_step
+
+    @property
+    def turned(self) -> "Place":
+        """Its transpose: the same elements, column after column."""
+        return self._replace(rows=self.cols, cols=self.rows, row_step=self.col_step, col_step=self.row_step)
+
+    @property
+    def in_file_order(self) -> "Place":
+        """The same elements in the order in which the file has them."""
+        return self.turned if self.lies_turned else self
+
 
 class Run(NamedTuple):
     """`num_bytes` bytes from one file to another."""
@@ -79,6 +94,10 @@ class Gather(NamedTuple):
     def num_bytes(self) -> int:
         """Bytes it writes."""
         return self.rows * self.row_bytes
+
+    def source(self, piece: Piece) -> Place:
+        """Where one of its pieces lies."""
+        return Place(piece.file, piece.at, self.rows, piece.cols, piece.row_step, piece.col_step, self.item)
 
     def part(self, start: int, stop: int) -> "Gather":
         """Its rows from `start` up to `stop`."""
@@ -188,7 +207,7 @@ def lower_output(
     """
     target = Tensor(output.name, output.dtype, output.shape)
     end = start + num_bytes(output.dtype, output.shape)
-    if all(_is_plain(copy) for copy in output.copies):
+    if all(is_plain(copy) for copy in output.copies):
         yield from _runs(target, start, end, output.copies, sources, locate)
         return
     found = [_axes(*both) for copy in output.copies if (both := _both(copy, target, start, sources, locate))]
@@ -215,7 +234,7 @@ def lower_output(
         group, reach = ([axes], axes.end) if axes is not None else ([], end)
 
 
-def _is_plain(copy: Copy) -> bool:
+def is_plain(copy: Copy) -> bool:
     """Whether both sides are contiguous."""
     source, target = copy
     return (

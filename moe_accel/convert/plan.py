@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from moe_accel.convert.detect import PACKED, STACKED, Group, chunks, detect
 from moe_accel.convert.layout import TARGETS, ExpertLayout, Families, Family, Slot
+from moe_accel.convert.quantized import USUAL_BLOCKS
 from moe_accel.convert.regions import Copy, Layout, Output, Part, Plan, Region, Tensor, whole, whole_output
 from moe_accel.errors import CheckpointError
 
-_BLOCKS = (128, 32, 16, 64, 256, 512)  # rows of a scale's block, the usual ones first
 _SUB_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 
 
@@ -179,9 +179,8 @@ def _target(
         if named is not None and _same_roles(group, named):
             family = named
         elif target not in families.targets:
-            notes.append(
-                f"{group.prefix}: taken for {family.name} ({family.about}), as model_type {model_type!r} names no family"  # noqa: E501
-            )
+            said = f"model_type {model_type!r} names no family" if model_type else "there is no model_type"
+            notes.append(f"{group.prefix}: taken for {family.name} ({family.about}), as {said}")
     if target in families.targets:
         return family, families.targets[target]
     if target == "hub":
@@ -382,7 +381,8 @@ def _exact(group, to, slot, roles, suffix, of, found, scale_rows) -> None:
     rows = one.region.rows
     if rows == weight or (rows == 1 and one.form == "one"):
         return
-    size = next((size for size in ((scale_rows,) if scale_rows else _BLOCKS) if math.ceil(weight / size) == rows), None)
+    usual = (scale_rows,) if scale_rows else USUAL_BLOCKS
+    size = next((size for size in usual if math.ceil(weight / size) == rows), None)
     if size is None or weight % size:
         raise _Refused(
             f"{suffix}: gate and up have {weight} rows and {rows} rows of scales, so blocks of {size or 'no usual size'} would "  # noqa: E501

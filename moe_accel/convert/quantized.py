@@ -20,7 +20,8 @@ PACKED_FP4 = frozenset({"U8", "I8", "F4"})
 _FLOATS = frozenset({"F32", "BF16", "F16"})
 _SCALES = ("weight_scale_inv", "weight_scale", "scale")
 _GONE_WITH_THEM = ("input_scale", "activation_scale", "weight_scale_2")
-_BLOCKS = (128, 64, 32, 256, 512, 16)
+USUAL_BLOCKS = (128, 64, 32, 256, 512, 16)
+"""Rows or columns that share a scale, where config.json does not say; the first that fits is taken."""
 _NO_FORMULA: Mapping[str, str] = {
     "qweight": "AWQ and GPTQ pack integers with group zero points, in an order that each of their kernels defines",
     "qzeros": "AWQ and GPTQ pack integers with group zero points, in an order that each of their kernels defines",
@@ -193,6 +194,6 @@ def _fp8_block(weight: Tensor, scale: Tensor, blocks: tuple[int, int] | None) ->
 
 def _usual_blocks(rows: int, cols: int, grid: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Square blocks first; then what transformers does, rows // grid rows a block, where that is even."""
-    yield from ((size, size) for size in _BLOCKS)
+    yield from ((size, size) for size in USUAL_BLOCKS)
     if grid[0] and grid[1] and rows % grid[0] == 0 and cols % grid[1] == 0:
         yield rows // grid[0], cols // grid[1]

@@ -11,84 +11,28 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from moe_accel.convert.copy import Copier, Files, Stopped
-from moe_accel.convert.dequantize import Dequantization, plan_dequantization
+from moe_accel.convert.dequantize import plan_dequantization
+from moe_accel.convert.digest import new_digest
 from moe_accel.convert.headers import read_header
+from moe_accel.convert.job import Job, Options, Report, check_finished, index, is_finished, is_whole, manifest
 from moe_accel.convert.layout import load_families
 from moe_accel.convert.lower import Operation, Run, batches, coalesce, lower_output
-from moe_accel.convert.manifest import make_manifest
 from moe_accel.convert.plan import make_plan
 from moe_accel.convert.plan import parts as parts_of
 from moe_accel.convert.quantized import block_size
 from moe_accel.convert.regions import Part, Plan, Region, Tensor
-from moe_accel.convert.shards import INDEX, Shard, make_index, pack
+from moe_accel.convert.shards import INDEX, Shard, pack
 from moe_accel.convert.source import MANIFEST, Checkpoint, open_checkpoint
 from moe_accel.convert.target import Target, refuse_overlap, writing
 from moe_accel.convert.verify import Checker, Due, MismatchError, copy_bytes
-from moe_accel.convert.work import BATCH_BYTES, Progress, default_threads, in_batches, in_order, silent, workers
-from moe_accel.errors import CheckpointError, ConfigError
+from moe_accel.convert.work import BATCH_BYTES, Progress, in_batches, in_order, silent, workers
+from moe_accel.errors import CheckpointError
 from moe_accel.version import VERSION
-
-VERIFY_LEVELS = ("none", "header", "full")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user may choose."""
-
-    to: str
-    family: Path | None = None
-    max_shard_bytes: int = 5_000_000_000
-    verify: str = "full"
-    overwrite: bool = False
-    threads: int = field(default_factory=default_threads)
-    dequantize: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.verify not in VERIFY_LEVELS:
-            raise ConfigError(f"verify={self.verify!r} must be one of {', '.join(VERIFY_LEVELS)}")
-        if self.threads < 1:
-            raise ConfigError(f"threads={self.threads} must be at least 1")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A conversion that can begin."""
-
-    checkpoint: Checkpoint
-    target: Path
-    options: Options
-    plan: Plan
-    shards: list[Shard]
-    operations: dict[str, list[Operation]]
-    find_parts: Callable[[], tuple[list[Part], list[Part]]]
-    plan_id: str
-    dequantization: Dequantization | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of tensors to write."""
-        return sum(shard.file_bytes - len(shard.header) for shard in self.shards)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """What will be written, by name."""
-        return {each.name: Tensor(each.name, each.dtype, each.shape) for each in self.plan.outputs}
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was done."""
-
-    job: Job
-    written: tuple[str, ...]
-    kept: tuple[str, ...]
-    num_digests: int
-    seconds: float
 
 
 def prepare(source: Path, target: Path, options: Options) -> Job:
@@ -187,22 +131,25 @@ def execute(job: Job, progress: Progress = silent) -> Report:
         names = {shard.name: shard.file_bytes for shard in job.shards}
         checkpoint = job.checkpoint
         names |= {name: _size(checkpoint.folder / name) for name in checkpoint.others}
-        index = make_index(job.shards, checkpoint.index_metadata) if len(job.shards) > 1 else None
-        names |= {INDEX: len(index)} if index else {}
+        last = index(job)
+        names |= {INDEX: len(last)} if last else {}
         target.claim(names, job.options.overwrite)
-        if lossy := job.dequantization:
+        lossy = job.dequantization
+        if lossy and is_finished(job):  # the bf16 files are gone: nothing else could be compared
+            digests = check_finished(job, progress)
+            lossy.remove()
+            kept = tuple(shard.name for shard in job.shards)
+            return Report(job, (), kept, len(digests), time.perf_counter() - start)
+        if lossy:
             then = sum(size for name, size in names.items() if not (job.target / name).exists())
             lossy.write(job.options.threads, job.options.verify == "full", then, progress)
         for name in checkpoint.others:
             target.copy_in(checkpoint.other(name), name)
         parts = job.find_parts() if job.options.verify == "full" else ([], [])
         kept, digests = _write_shards(job, target, parts, progress)
-        files = {shard.name: shard.file_bytes for shard in job.shards}
-        said = lossy.record if lossy else None
-        content = make_manifest(job.plan_id, job.options.to, files, job.tensors, parts[1], digests, said)
-        target.write(MANIFEST, content)
-        if index:
-            target.write(INDEX, index)
+        target.write(MANIFEST, manifest(job, parts[1], digests))
+        if last:
+            target.write(INDEX, last)
         if lossy:
             lossy.remove()
     finally:
@@ -221,8 +168,8 @@ def _write_shards(
     job: Job, target: Target, parts: tuple[list[Part], list[Part]], progress: Progress
 ) -> tuple[list[str], dict[Region, str]]:
     files = Files()
-    checker = Checker(files, job.checkpoint, partial(progress, "check"))
-    copier = Copier(files, partial(progress, "copy"))
+    copier = Copier(files, partial(progress, "copy"), new_digest if job.options.verify == "full" else None)
+    checker = Checker(files, job.checkpoint, partial(progress, "check"), copier.seen)
     kept: list[str] = []
     unfinished: set[str] = set()
     finishing: list[Future[None]] = []
@@ -234,7 +181,7 @@ def _write_shards(
         ):
             try:
                 for shard in job.shards:
-                    if _is_whole(job.target / shard.name, shard):
+                    if is_whole(job.target / shard.name, shard):
                         kept.append(shard.name)
                         progress("copy", shard.file_bytes - len(shard.header))
                         _check_kept(pool, checker, job, shard)
@@ -292,14 +239,6 @@ def _raise_first(futures: list[Future[None]], wait: bool = False) -> None:
     failures = [error for each in futures if (wait or each.done()) and (error := each.exception())]
     for error in sorted(failures, key=lambda each: isinstance(each, Stopped)):
         raise error
-
-
-def _is_whole(file: Path, shard: Shard) -> bool:
-    if not file.exists():
-        return False
-    with suppress(CheckpointError):
-        return read_header(file).raw == shard.header and file.stat().st_size == shard.file_bytes
-    return False
 
 
 def _copy_shard(

@@ -41,6 +41,8 @@ def parse_size(text: str) -> int:
     unit = {name.lower(): size for name, size in _UNITS.items()}.get(match[2].lower()) if match else None
     if match is None or unit is None or float(match[1]) * unit < 1:
         raise ConfigError(f"max_shard_size={text!r} is not a size", "write it like 5GB, 800MB or 4GiB")
+    if not match[2] and float(match[1]) < 1000:
+        raise ConfigError(f"max_shard_size={text!r} would be {text} bytes", f"write the unit, as in {match[1]}GB")
     return int(float(match[1]) * unit)
 
 

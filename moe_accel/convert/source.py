@@ -22,6 +22,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 OTHER_WEIGHTS = (".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".tflite", ".ot")
 MAX_INDEX_BYTES = 200_000_000
 TEMPORARY = ".tmp-"
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 
 
@@ -83,6 +84,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         hint = "give the directory the file lies in" if folder.is_file() else None
+        if not folder.exists() and _REPOSITORY.fullmatch(str(folder)):
+            hint = f"a model of the hub is downloaded first: hf download {folder} prints its directory"
         raise CheckpointError(f"{folder} is not a directory", hint)
     try:
         names = sorted(entry.name for entry in os.scandir(folder))
@@ -139,7 +142,10 @@ def _refuse_what_is_no_checkpoint(folder: Path, names: list[str], found: list[st
             f"{folder} holds its weights as pickle ({', '.join(pickles[:3])}), which can run code when it is read",
             "save the model as safetensors first: model.save_pretrained(..., safe_serialization=True)",
         )
-    raise CheckpointError(f"{folder} has no .safetensors files")
+    others = [name for name in names if name.endswith(OTHER_WEIGHTS)]
+    beside = f", only {', '.join(others[:3])}" if others else ""
+    hint = "convert it to safetensors with the tools of that format" if others else "give the directory of a model"
+    raise CheckpointError(f"{folder} has no .safetensors files{beside}", hint)
 
 
 def _read_small(file: Path) -> bytes:

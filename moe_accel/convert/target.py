@@ -71,6 +71,8 @@ class Target:
         Raises:
             CheckpointError: another process writes here, or the directory cannot be made.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is a file, and must be a directory, new or empty")
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             fd = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)

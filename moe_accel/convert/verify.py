@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from moe_accel.convert.copy import Files
-from moe_accel.convert.digest import digest
+from moe_accel.convert.digest import digest, digest_both_ways
 from moe_accel.convert.headers import DTYPE_BITS, num_bytes
 from moe_accel.convert.layout import load_families
-from moe_accel.convert.lower import place
+from moe_accel.convert.lower import Place, is_plain, place
 from moe_accel.convert.manifest import other_tensors, part_key
 from moe_accel.convert.plan import parts
 from moe_accel.convert.regions import Copy, Part, Region, Tensor, whole
@@ -59,12 +59,20 @@ def copy_bytes(copy: Copy) -> int:
 
 
 class Checker:
-    """Digests copies on both sides. Keeps the digests by region, so that nothing is read a second time."""
+    """Digests copies on both sides. Keeps the digests by region, so that nothing is read a second time.
+
+    `seen`: digests of places of the source that copying had in memory, in the order of the file.
+    """
 
     def __init__(
-        self, files: Files, checkpoint: Checkpoint, read: Callable[[int], None] = lambda num_bytes: None
+        self,
+        files: Files,
+        checkpoint: Checkpoint,
+        read: Callable[[int], None] = lambda num_bytes: None,
+        seen: dict[Place, str] | None = None,
     ) -> None:
         self.files, self.checkpoint, self.read = files, checkpoint, read
+        self.seen = {} if seen is None else seen
         self.sources: dict[Region, str] = {}
         self.targets: dict[Region, str] = {}
         self._lock = threading.Lock()
@@ -80,24 +88,39 @@ class Checker:
         self.files.close(file)
 
     def check(self, copies: list[Copy], file: Path, shard: Shard) -> None:
-        """Compare some copies of `shard`, as `check_copies`."""
+        """Compare some copies of `shard`, as `check_copies`.
+
+        They are compared in the order in which the source has them: what copying saw of it counts, all else is read.
+        """
         tensors = {each.name: Tensor(each.name, each.dtype, each.shape) for each in shard.outputs}
         for copy in copies:
-            target = self._digest(copy.target, tensors[copy.target.tensor], file, shard.starts[copy.target.tensor])
-            source = self.digest_source(copy.source)
+            before, name = self._source(copy.source), copy.target.tensor
+            after = place(copy.target, tensors[name], file, shard.starts[name])
+            source, past_cache = self.seen.pop(before.in_file_order, None), not is_plain(copy)
+            if source is None:
+                source = digest(self.files, before.in_file_order, self.read)
+            else:
+                self.read(before.num_bytes)
+            if before.lies_turned:
+                canonical, target = digest_both_ways(self.files, after, self.read, past_cache)
+            else:
+                canonical = target = digest(self.files, after, self.read, past_cache)
             if source != target:
                 raise MismatchError(
                     f"{file}: tensor {copy.target.tensor!r} is not what was read from {copy.source.tensor!r}: "
                     f"{copy.target} has digest {target}, {copy.source} has {source}",
                     "the disk or the memory is at fault, or somebody wrote to one of the files; convert again",
                 )
-            with self._lock:
-                self.sources[copy.source], self.targets[copy.target] = source, target
+            with self._lock:  # equal in one order is equal in the other
+                self.sources[copy.source] = self.targets[copy.target] = canonical
 
     def digest_source(self, region: Region) -> str:
         """The digest of a part of the checkpoint."""
+        return digest(self.files, self._source(region), self.read)
+
+    def _source(self, region: Region) -> Place:
         header = self.checkpoint.header_of(region.tensor)
-        return self._digest(region, header.tensors[region.tensor], header.file, header.starts[region.tensor])
+        return place(region, header.tensors[region.tensor], header.file, header.starts[region.tensor])
 
     def _digest(self, region: Region, tensor: Tensor, file: Path, start: int) -> str:
         return digest(self.files, place(region, tensor, file, start), self.read)

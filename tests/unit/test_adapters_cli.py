@@ -263,7 +263,7 @@ def test_adapters_have_two_forms_and_models_have_no_peft_form(folder, tmp_path, 
     assert call(monkeypatch, "convert", folder / "peft", tmp_path / "out", "--to", to) == 2
     assert "adapters take --to peft or per-expert" in capsys.readouterr().err
     assert call(monkeypatch, "convert", folder / "base", tmp_path / "out", "--to", "peft") == 2
-    assert "no layout is called 'peft'" in capsys.readouterr().err
+    assert "--to peft is for adapters" in capsys.readouterr().err
 
 
 def test_options_of_the_other_kind_are_refused(folder, tmp_path, monkeypatch, capsys):

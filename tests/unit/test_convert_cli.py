@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from moe_accel import cli
+from moe_accel.convert.job import VERIFY_LEVELS
 from moe_accel.convert.layout import TARGETS
 from moe_accel.convert.regions import Tensor
-from moe_accel.convert.run import VERIFY_LEVELS
 from tests.unit.convert_job import write_file, write_source
 
 COMMANDS = ["convert", "verify", "inspect"]
@@ -128,6 +128,21 @@ def test_a_failed_check_of_a_conversion_exits_with_1(source, tmp_path, monkeypat
         (["convert", "{source}", "{source}/in", "--to", "stacked"], "error: source and target lie inside one another"),
         (["convert", "{source}", "{tmp}/out", "--to", "stacked", "--max-shard-size", "5XB"], "error: max_shard_size"),
         (["convert", "{source}", "{tmp}/out", "--to", "stacked", "--family", "{tmp}/no.toml"], "error: "),
+        (
+            ["convert", "{source}", "{tmp}/out", "--to", "stacked", "--max-shard-size", "5"],
+            "error: max_shard_size='5' would be 5 bytes\nhint: write the unit, as in 5GB",
+        ),
+        (["convert", "{source}", "{tmp}/out", "--to", "peft"], "error: --to peft is for adapters; {source} holds none"),
+        (["convert", "{source}", "{source}/config.json/out", "--to", "stacked"], "error: source and target lie inside"),
+        (
+            ["convert", "{source}", "{tmp}/taken", "--to", "stacked"],
+            "error: {tmp}/taken is a file, and must be a directory",
+        ),
+        (
+            ["convert", "Some/Model-8B", "{tmp}/out", "--to", "stacked"],
+            "error: Some/Model-8B is not a directory\nhint: a model of the hub is downloaded first",
+        ),
+        (["inspect", "{tmp}/gguf"], "error: {tmp}/gguf has no .safetensors files, only model.gguf\nhint: convert it"),
         (["verify", "{source}", "{tmp}/nowhere"], "error: {tmp}/nowhere is not a directory"),
         (["inspect", "{source}/config.json"], "error: {source}/config.json is not a directory"),
         (["inspect", "{tmp}"], "error: {tmp} has no .safetensors files"),
@@ -137,6 +152,9 @@ def test_bad_input_exits_with_2_and_one_line_and_no_traceback(
     source, tmp_path, monkeypatch, capsys, arguments, message
 ):
     names = {"tmp": tmp_path, "source": source}
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.gguf").write_text("")
     assert call(monkeypatch, *(each.format(**names) for each in arguments)) == 2
     out, err = capsys.readouterr()
     assert out == ""

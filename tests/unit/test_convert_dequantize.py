@@ -1,7 +1,9 @@
 """`convert --dequantize bf16`: the numbers are transformers' own, nothing quantised is left, and the result loads."""
 
 import json
+import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from moe_accel.convert.regions import Tensor
 from moe_accel.convert.run import Options, execute, prepare
 from moe_accel.convert.verify import MismatchError
 from moe_accel.errors import CheckpointError
+from tests.unit.convert_job import at_call, check_nothing_unfinished_is_published, killed_at
 
 Tensors = dict[str, torch.Tensor]
 
@@ -309,3 +312,57 @@ def test_a_wrong_byte_in_the_bf16_files_is_found(fp8, tmp_path, monkeypatch):
     with pytest.raises(MismatchError, match="is not what was computed from"):
         one_pass(fp8, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in folder.iterdir()}
+
+
+def test_a_finished_directory_is_checked_and_nothing_is_dequantised_again(fp8, tmp_path, monkeypatch):
+    one_pass(fp8, tmp_path / "out", max_shard_bytes=9_000)
+    expected = bytes_of(tmp_path / "out")
+    assert "model.safetensors.index.json" in expected
+    monkeypatch.setattr(dequantize, "decoded", None)  # cannot be called
+    for verify in ("full", "header"):
+        options = Options("stacked", threads=2, dequantize="bf16", max_shard_bytes=9_000, verify=verify)
+        report = execute(prepare(fp8, tmp_path / "out", options))
+        assert (report.written, len(report.kept)) == ((), len(expected) - 3)
+        assert (report.num_digests > 0) == (verify == "full")
+        assert bytes_of(tmp_path / "out") == expected
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_finished_directory_that_was_damaged_is_told(fp8, tmp_path):
+    one_pass(fp8, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(MismatchError, match="is not what was written") as caught:
+        one_pass(fp8, tmp_path / "out")
+    assert caught.value.hint is not None
+    assert f"remove {tmp_path / 'out'}" in caught.value.hint
+
+
+def test_killed_at_random_points_a_second_run_gives_the_same_directory(fp8, tmp_path):
+    torch.set_num_threads(1)  # a process that was forked has none of the others
+
+    def job(name: str):
+        options = Options("stacked", threads=2, dequantize="bf16", max_shard_bytes=9_000)
+        return prepare(fp8, tmp_path / name, options)
+
+    with at_call(0, lambda: None) as count:
+        execute(job("counted"))
+    expected, chooser = bytes_of(tmp_path / "counted"), random.Random(0)
+    kills = 0
+    for number in chooser.sample(range(1, count[0]), 12):
+        kills += killed_at(number, job("out")) == signal.SIGKILL  # a run may make a few calls less and end well
+        check_nothing_unfinished_is_published(tmp_path / "out", expected)
+        if number % 3 == 0:  # and once more while it recovers
+            killed_at(chooser.randrange(1, number), job("out"))
+            check_nothing_unfinished_is_published(tmp_path / "out", expected)
+        execute(job("out"))
+        assert bytes_of(tmp_path / "out") == expected
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["counted", "out"]
+        shutil.rmtree(tmp_path / "out")
+    assert kills >= 9

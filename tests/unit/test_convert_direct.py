@@ -1,6 +1,7 @@
 """Past the page cache: the same bytes at any offset, and the same errors where the file system has no such thing."""
 
 import errno
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_accel.convert import copy as copying
+from moe_accel.convert import digest as digesting
 from moe_accel.convert import run
 from moe_accel.convert.copy import Copier, Files, Stopped, Writer, read_into
 from moe_accel.convert.digest import digest
@@ -204,3 +206,107 @@ def test_a_finish_that_was_queued_when_the_others_stopped_does_nothing(source, t
         # without a file to sync: it would raise another error
         pool.submit(run._finish, [], checker, job, run.Target(job.target, "id"), job.shards[0], unfinished).result()
     assert unfinished == {job.shards[0].name}
+
+
+@pytest.fixture
+def source_bytes_read(monkeypatch):
+    """Bytes that `preadv` read, by file."""
+    read: dict[str, int] = {}
+    opened: dict[int, str] = {}
+    real_open, real_read = os.open, os.preadv
+
+    def tracked_open(path, *rest, **keywords):
+        fd = real_open(path, *rest, **keywords)
+        opened[fd] = str(path)
+        return fd
+
+    def tracked_read(fd, views, at):
+        got = real_read(fd, views, at)
+        read[opened[fd]] = read.get(opened[fd], 0) + got
+        return got
+
+    monkeypatch.setattr(os, "open", tracked_open)
+    monkeypatch.setattr(os, "preadv", tracked_read)
+    return read
+
+
+def convert(source, target, to: str) -> run.Report:
+    return run.execute(run.prepare(source, target, run.Options(to, threads=2)))
+
+
+@pytest.mark.parametrize("to", ["nemo", "sonicmoe", "per-expert"])
+def test_a_full_check_reads_the_source_once(source, tmp_path, source_bytes_read, to):
+    if to == "per-expert":  # from transposed matrices
+        convert(source, tmp_path / "first", "nemo")
+        source = tmp_path / "first"
+    source_bytes_read.clear()
+    convert(source, tmp_path / "out", to)
+    headers = [read_header(file) for file in source.glob("*.safetensors")]
+    expected = {str(each.file): each.file_bytes - len(each.raw) for each in headers}
+    assert {file: size for file, size in source_bytes_read.items() if file in expected} == expected
+
+
+@pytest.mark.parametrize("first", ["per-expert", "nemo"])
+def test_a_matrix_that_was_turned_wrongly_is_never_published(source, tmp_path, monkeypatch, first):
+    if first == "nemo":
+        convert(source, tmp_path / "first", "nemo")
+        source = tmp_path / "first"
+    real = copying.assign
+
+    def wrong(target, read):
+        real(target, read)
+        target[-1, -1] ^= 1
+
+    monkeypatch.setattr(copying, "assign", wrong)  # for what copies, not for what checks
+    with pytest.raises(MismatchError, match="is not what was read from"):
+        convert(source, tmp_path / "out", "nemo" if first == "per-expert" else "per-expert")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_digests_of_a_manifest_do_not_depend_on_the_way_a_matrix_lies(source, tmp_path):
+    manifests = []
+    for at, to in enumerate(("nemo", "sonicmoe", "stacked", "nemo", "per-expert")):
+        target = tmp_path / str(at)
+        convert(source, target, to)
+        manifests.append(json.loads((target / "moe_accel_manifest.json").read_text()))
+        source = target
+    assert len({json.dumps([each["experts"], each["tensors"]]) for each in manifests}) == 1
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("at", [0, 5, 4096, 9000])
+def test_bytes_from_the_disk_itself_are_the_bytes_of_the_file(tmp_path, direct, at):
+    file, data = tmp_path / "file", np.random.default_rng(0).bytes(10_001)
+    file.write_bytes(data)
+    files = Files()
+    for size in (1, 1001, 10_001 - at):
+        assert bytes(copying.read_named(files, file, "source", at, min(size, 10_001 - at), direct)) == data[at:][:size]
+    with pytest.raises(CheckpointError, match="changed while it was read: no byte 10001"):
+        copying.read_named(files, file, "source", at, 10_002 - at, direct)
+    files.close(file)
+
+
+def test_what_was_written_directly_is_read_back_directly(source, tmp_path, monkeypatch):
+    if not can_write_directly(tmp_path):
+        pytest.skip("no O_DIRECT here")
+    opened, real = [], os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, flags, *rest: (opened.append((str(path), flags)), real(path, flags, *rest))[1]
+    )
+    convert(source, tmp_path / "out", "nemo")
+    assert {
+        path.rpartition("/")[2].partition(".tmp")[0] for path, flags in opened if flags & 3 == 0 and flags & O_DIRECT
+    } == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 23, 1000])
+def test_both_digests_are_those_of_the_matrix_and_of_its_transpose(tmp_path, monkeypatch, block_bytes):
+    file = tmp_path / "source.safetensors"
+    random_file(file, {"in": ROWS * COLS}, 2)
+    header = read_header(file)
+    where = place(Region("in", 0, ROWS, COLS, COLS, 1), header.tensors["in"], file, header.starts["in"])
+    expected = digest(Files(), where), digest(Files(), where.turned)
+    assert len(set(expected)) == 2
+    monkeypatch.setattr(digesting, "BLOCK_BYTES", block_bytes)
+    assert digesting.digest_both_ways(Files(), where) == expected
+    assert digesting.digest_both_ways(Files(), where.turned) == expected[::-1]
