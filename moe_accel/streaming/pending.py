@@ -27,6 +27,7 @@ class Pending(Tensor):
     """A tensor on the CPU, as far as it says, that has no values yet."""
 
     source: Source
+    address: int
 
     @staticmethod
     def of(source: Source, requires_grad: bool = False) -> "Pending":
@@ -275,7 +276,7 @@ def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(tensor, Pending):
         return NotImplemented
     copy = kwargs.pop("copy", False)
-    device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
     if device is not None and device.type == "meta":
         return torch.empty(tensor.source.shape, dtype=dtype or tensor.source.dtype, device="meta")
     if device is not None and device.type != "cpu":
@@ -307,6 +308,11 @@ def _set_data(tensor: Any, value: Any) -> Any:
         return None
     become(tensor, value.detach())
     return None
+
+
+def _may_set_data(tensor: Any, _: Any) -> Any:
+    """What `Module.to` asks before it sets `tensor.data`, instead of a new parameter that would undo ties."""
+    return True if isinstance(tensor, Pending) else NotImplemented
 
 
 def _equal(first: Any, second: Any) -> Any:
@@ -348,6 +354,7 @@ _HANDLERS: dict[Any, Callable] = {
     Tensor.double: _caster(torch.float64),
     Tensor.cuda: _cuda,
     Tensor.data.__set__: _set_data,  # pyright: ignore[reportAttributeAccessIssue]
+    torch._has_compatible_shallow_copy_type: _may_set_data,
     torch.equal: _equal,
     Tensor.equal: _equal,
 }

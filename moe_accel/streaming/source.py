@@ -123,7 +123,8 @@ class Leaf:
         """Read elements from number `first` on into contiguous CPU memory."""
         if not out.numel():
             return
-        memory = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())
+        array: Any = out.detach().reshape(-1).view(torch.uint8).numpy()
+        memory = memoryview(array)
         descriptor, position, done = self.file.descriptor, self.start + first * self.dtype.itemsize, 0
         while done < len(memory):
             try:
