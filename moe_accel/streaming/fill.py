@@ -92,8 +92,8 @@ def by_shards(model: nn.Module, accelerator: Any) -> Iterator[None]:
     """
     plugin = accelerator.state.fsdp_plugin
     configured = plugin.cpu_ram_efficient_loading
-    share_rest(model)
     taken = take_sources(model)
+    share_rest(model)  # what is left with values; a pending parameter would be read for it
     plugin.cpu_ram_efficient_loading = False
     try:
         yield

@@ -354,7 +354,7 @@ _HANDLERS: dict[Any, Callable] = {
     Tensor.double: _caster(torch.float64),
     Tensor.cuda: _cuda,
     Tensor.data.__set__: _set_data,  # pyright: ignore[reportAttributeAccessIssue]
-    torch._has_compatible_shallow_copy_type: _may_set_data,
+    torch._has_compatible_shallow_copy_type: _may_set_data,  # pyright: ignore[reportPrivateImportUsage]
     torch.equal: _equal,
     Tensor.equal: _equal,
 }

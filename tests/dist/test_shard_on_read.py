@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_accel.errors import CheckpointError
-from tests.dist.ranks import RankError, run_alone, run_ranks, with_moe_config
+from tests.dist.ranks import run_alone, run_ranks, with_moe_config
 from tests.dist.test_resume import whole
 from tests.families import build_tiny, model_class, tiny_inputs, tiny_loss
 
@@ -68,8 +67,10 @@ def load_and_compare(
     """On a rank: how many parameters stayed in their files, what differs from the truth, and the first loss."""
     from accelerate import Accelerator
 
-    from moe_accel.streaming import hook, pending_parameters
+    from moe_accel.streaming import hook, pending, pending_parameters
 
+    read_whole: list[Any] = []
+    pending.materialise = read_whole.append
     if stock:
         hook.is_wanted = lambda: False
     accelerator = Accelerator(mixed_precision=precision)
@@ -85,7 +86,9 @@ def load_and_compare(
             assert told(own_info) == info
             assert (model.dtype, model.device) == (dtype, torch.device("cpu"))
             num_pending = len(list(pending_parameters(model)))
+            read_whole.clear()
             model, _ = accelerator.prepare(model.train(), torch.optim.SGD(model.parameters()))
+            assert stock or read_whole == [], "parameters that this rank read whole"
             assert not list(pending_parameters(model))
             found = whole(model.state_dict()) | {f"buffer {name}": each for name, each in model.named_buffers()}
             wrong = [name for name in truth.keys() | found.keys() if not _equal(truth.get(name), found.get(name))]
