@@ -11,14 +11,24 @@ if TYPE_CHECKING:
     from moe_accel.experts import expert_lora_config
     from moe_accel.metrics import ExpertLoadCallback, expert_load, track_expert_load
     from moe_accel.parallelism import MoEConfig
+    from moe_accel.streaming import shard_on_read
 
-__all__ = ["ExpertLoadCallback", "MoEConfig", "__version__", "expert_load", "expert_lora_config", "track_expert_load"]
+__all__ = [
+    "ExpertLoadCallback",
+    "MoEConfig",
+    "__version__",
+    "expert_load",
+    "expert_lora_config",
+    "shard_on_read",
+    "track_expert_load",
+]
 
 _HOMES = {
     "ExpertLoadCallback": "moe_accel.metrics",
     "MoEConfig": "moe_accel.parallelism",
     "expert_load": "moe_accel.metrics",
     "expert_lora_config": "moe_accel.experts",
+    "shard_on_read": "moe_accel.streaming",
     "track_expert_load": "moe_accel.metrics",
 }
 

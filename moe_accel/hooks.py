@@ -13,6 +13,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -50,6 +51,18 @@ def wrap(owner: type | ModuleType, name: str, around: Callable[[Callable], Calla
     wrapper = functools.wraps(method)(around(method))
     setattr(wrapper, _MARK, True)
     setattr(owner, name, staticmethod(wrapper) if isinstance(found, staticmethod) else wrapper)
+
+
+def lazily(module: str, table: str, key: str) -> Callable[[Callable], Callable]:
+    """A wrapper for `wrap` that calls `table[key](original, ...)` of a module imported at the first call."""
+
+    def around(original: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return getattr(import_module(module), table)[key](original, *args, **kwargs)
+
+        return call
+
+    return around
 
 
 def _moved(what: str) -> DependencyError:

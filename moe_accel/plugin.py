@@ -9,6 +9,7 @@ Every hook is one line in `install`, acts only for accelerators that carry a `Mo
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_accel import block, checkpoint, experts, kept, lora, loss
+from moe_accel import block, checkpoint, experts, kept, lora, loss, streaming
 from moe_accel.dispatch import choose
 from moe_accel.errors import ConfigError, UnsupportedModelError
 from moe_accel.hooks import wrap
@@ -47,6 +48,7 @@ def install(accelerator: Accelerator) -> None:
     _installed.setdefault(accelerator, [])
     checkpoint.install(accelerator)
     kept.install()
+    streaming.install(accelerator)
     wrap(Accelerator, "prepare", _prepare)
     wrap(Accelerator, "prepare_model", _prepare_model)
     wrap(accelerate.accelerator, "fsdp2_prepare_model", _fsdp2_prepare_model)
@@ -62,7 +64,9 @@ def _prepare(original: Callable) -> Callable:
 
     def prepare(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         if self in _installed:
-            swap_all(self, [each for each in args if isinstance(each, nn.Module)])
+            models = [each for each in args if isinstance(each, nn.Module)]
+            swap_all(self, models)
+            read_whole_models(self, models)
         return original(self, *args, **kwargs)
 
     return prepare
@@ -74,6 +78,7 @@ def _prepare_model(original: Callable) -> Callable:
     def prepare_model(self: Accelerator, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self in _installed and has_experts(model):
             swap_all(self, [model])
+            read_whole_models(self, [model])
         return original(self, model, *args, **kwargs)
 
     return prepare_model
@@ -168,12 +173,22 @@ def shard_model(accelerator: Accelerator, model: nn.Module, stock: Callable) -> 
     plugin: Any = accelerator.state.fsdp_plugin
     swapped = [(name, module) for name, module in model.named_modules() if hasattr(module, "_moe_accel")]
     apart = swapped if config.ep_size > 1 else []
-    detached = without_experts(model, apart, take_buffers=plugin.cpu_ram_efficient_loading)
-    model = stock(accelerator, model)
-    restore_buffers(detached, accelerator.device)
-    if apart:
-        shard_experts(detached, config.sparse_mesh, accelerator)
+    by_shards = streaming.settle(model)
+    from_rank_0 = plugin.cpu_ram_efficient_loading and not by_shards
+    with streaming.by_shards(model, accelerator) if by_shards else nullcontext():
+        detached = without_experts(model, apart, take_buffers=from_rank_0)
+        model = stock(accelerator, model)
+        restore_buffers(detached, accelerator.device)
+        if apart:
+            shard_experts(detached, config.sparse_mesh, accelerator)
     return model
+
+
+def read_whole_models(accelerator: Accelerator, models: list[nn.Module]) -> None:
+    """Without FSDP2 every rank needs all weights: those still in their files are read onto its device, one by one."""
+    if not accelerator.is_fsdp2:
+        for model in models:
+            streaming.read_onto(model, accelerator.device if accelerator.device_placement else torch.device("cpu"))
 
 
 def choose_kernels(asked: str, device: torch.device) -> Choice:

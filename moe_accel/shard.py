@@ -81,6 +81,8 @@ def shard_experts(detached: Detached, sparse_mesh: DeviceMesh, accelerator: Any)
 def _slice(full: Tensor, sparse_mesh: DeviceMesh, device: torch.device, from_rank_0: bool) -> Tensor:
     """This rank's experts of a stack [E,...], on `device`, sharing no memory with it."""
     ep = sparse_mesh["ep"]
+    if full.is_meta:  # the values are read later, by those who need them
+        return full.detach().chunk(ep.size())[ep.get_local_rank()]
     if not from_rank_0:
         return full.detach().chunk(ep.size())[ep.get_local_rank()].to(device, copy=True)
     part = torch.empty(full.shape[0] // ep.size(), *full.shape[1:], dtype=full.dtype, device=device)

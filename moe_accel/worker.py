@@ -15,13 +15,14 @@ from typing import Any
 
 from moe_accel.config import ENV_VAR, OPTION_NAMES, MoEOptions, is_path, parse_env
 from moe_accel.errors import ConfigError
-from moe_accel.hooks import when_defined, wrap
+from moe_accel.hooks import lazily, when_defined, wrap
 
 
 def activate() -> None:
     """Arrange, importing nothing, that accelerate's classes meet moe_config as soon as they exist."""
     when_defined("accelerate.state", "PartialState", lambda cls: wrap(cls, "__init__", _prepare_first))
     when_defined("accelerate.accelerator", "Accelerator", lambda cls: wrap(cls, "__init__", _supply_moe_config))
+    when_defined("transformers.modeling_utils", "PreTrainedModel", _load_by_shards)
     if is_path(os.environ.get(ENV_VAR, "")):  # it reads ACCELERATE_MIXED_PRECISION before it builds a PartialState
         when_defined(
             "transformers.training_args",
@@ -62,6 +63,11 @@ def _prepare_first(original: Any) -> Any:
         original(self, *args, **kwargs)
 
     return prepared
+
+
+def _load_by_shards(cls: Any) -> None:
+    for name in ("_load_pretrained_model", "_finalize_model_loading"):
+        wrap(cls, name, lazily("moe_accel.streaming.hook", "LOADING", name))
 
 
 def _supply_moe_config(original: Any) -> Any:

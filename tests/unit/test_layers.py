@@ -22,7 +22,7 @@ LAYERS = [
     {"mesh", "kernels", "cpu", "environment"},
     {"dispatch", "convert"},
     {"experts", "adapters"},
-    {"block", "kept", "lora", "loss", "shard", "checkpoint", "metrics", "estimate"},
+    {"block", "kept", "lora", "loss", "shard", "checkpoint", "streaming", "metrics", "estimate"},
     {"plugin"},
     {"parallelism"},
     {"worker"},
@@ -118,7 +118,7 @@ def test_it_imports_no_torch(name):
 
 def test_the_public_names_are_these_and_each_one_is_there():
     expected = ["ExpertLoadCallback", "MoEConfig", "__version__", "expert_load", "expert_lora_config"]
-    assert moe_accel.__all__ == [*expected, "track_expert_load"]
+    assert moe_accel.__all__ == [*expected, "shard_on_read", "track_expert_load"]
     for name in moe_accel.__all__:
         assert getattr(moe_accel, name) is not None
     with pytest.raises(AttributeError, match=r"^module 'moe_accel' has no attribute 'MoeConfig'$"):

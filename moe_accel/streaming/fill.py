@@ -1,0 +1,205 @@
+"""prepare(): every rank reads the parts of the checkpoint that are its shards, and nothing else.
+
+    settle        all ranks agree on what is still pending; what only some have read is read by all
+    by_shards     pending parameters go to the meta device, where `fully_shard` cuts them without memory; after that
+                  each shard gets memory on its device and is read into it
+    read_onto     without FSDP2: whole, one after the other, onto the device
+
+No collective runs while files are read. A rank that cannot read tells the others afterwards, so that all of them stop.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor, Replicate
+from tqdm import tqdm
+
+from moe_accel.errors import CheckpointError
+from moe_accel.streaming.pending import Pending, become, materialise, pending_parameters
+from moe_accel.streaming.source import Part, Source, fill, part_jobs, read_whole
+
+Sources = dict[tuple[nn.Module, str], Source]
+"""By the module and the name under which it has the parameter."""
+
+
+def settle(model: nn.Module) -> bool:
+    """Make the same parameters pending on all ranks; whether there are any. A collective call.
+
+    What a script has touched on one rank alone is read on all of them. Values that are no longer those of the
+    checkpoint (edited, newly initialised, adapters) then come from rank 0.
+    """
+    names = [name for name, parameter in model.named_parameters() if isinstance(parameter, Pending)]
+    if not _is_distributed():
+        return bool(names)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, names)
+    common = set(gathered[0]).intersection(*gathered[1:])
+    if not common:
+        if any(gathered):
+            agree_on_reading(lambda: [materialise(each) for each in _unsettled(model, common)])
+        return False
+    agree_on_reading(lambda: [materialise(each) for each in _unsettled(model, common)])
+    return True
+
+
+def _unsettled(model: nn.Module, common: set[str]) -> list[Pending]:
+    return [each for name, each in model.named_parameters() if isinstance(each, Pending) and name not in common]
+
+
+def agree_on_reading(read: Any) -> None:
+    """Call `read()`; if it fails on any rank, raise on all of them. A collective call.
+
+    Raises:
+        CheckpointError: with the message of the first rank that failed.
+    """
+    failed: tuple[str, str | None] | None = None
+    try:
+        read()
+    except CheckpointError as error:
+        failed = (error.message, error.hint)
+        if not _is_distributed():
+            raise
+    if _is_distributed():
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, failed)
+        for rank, each in enumerate(gathered):
+            if each is not None:
+                raise CheckpointError(f"rank {rank}: {each[0]}", each[1])
+
+
+def take_sources(model: nn.Module) -> Sources:
+    """Make pending parameters plain ones on the meta device, the same Python objects; returns their sources."""
+    found = list(pending_parameters(model))
+    taken: Sources = {(module, name): parameter.source for module, name, parameter in found}
+    for parameter in {id(each): each for _, _, each in found}.values():
+        address = parameter.address
+        become(parameter, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+        setattr(parameter, "data_ptr", lambda address=address: address)  # noqa: B010 accelerate tells them apart by it
+    return taken
+
+
+@contextmanager
+def by_shards(model: nn.Module, accelerator: Any) -> Iterator[None]:
+    """While accelerate shards the model inside, its pending parameters have no values; afterwards their shards have.
+
+    accelerate's own way of sparing memory, all from rank 0, is switched off meanwhile. A collective call.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    configured = plugin.cpu_ram_efficient_loading
+    taken = take_sources(model)
+    share_rest(model)  # what is left with values; a pending parameter would be read for it
+    plugin.cpu_ram_efficient_loading = False
+    try:
+        yield
+    finally:
+        plugin.cpu_ram_efficient_loading = configured
+    fill_shards(taken, accelerator)
+
+
+def read_onto(model: nn.Module, device: torch.device) -> None:
+    """Read every pending parameter, whole, onto a device."""
+    found = {id(each): each for _, _, each in pending_parameters(model)}
+    with _bar(sum(each.numel() * each.element_size() for each in found.values()), is_main=True) as bar:
+        for parameter in found.values():
+            num_bytes = parameter.numel() * parameter.element_size()
+            become(parameter, read_whole(parameter.source, device))
+            bar.update(num_bytes)
+
+
+def _bar(num_bytes: int, is_main: bool) -> Any:
+    hidden = not is_main or not num_bytes or os.environ.get("RANK", "0") != "0"
+    hidden = hidden or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == "1"
+    return tqdm(total=num_bytes, desc="Loading shards", unit="B", unit_scale=True, disable=hidden)
+
+
+@torch.no_grad()
+def share_rest(model: nn.Module) -> None:
+    """Give the parameters and buffers that have values those of rank 0: each rank drew its own. A collective call."""
+    if not _is_distributed():
+        return
+    kept = [each for each in model.parameters() if not each.is_meta and not isinstance(each, DTensor)]
+    kept += [each for each in model.buffers() if not each.is_meta]
+    backend = dist.get_backend()
+    for each in kept:
+        sent = each.detach()
+        if "nccl" in backend and "gloo" not in backend and sent.device.type == "cpu":
+            sent = sent.cuda()
+        sent = sent.contiguous()
+        dist.broadcast(sent, src=0)
+        each.data.copy_(sent)
+
+
+def fill_shards(taken: Sources, accelerator: Any) -> None:
+    """Give every sharded parameter on the meta device memory, and its part of the checkpoint. A collective call.
+
+    Raises:
+        CheckpointError: on all ranks, where one of them cannot read a file.
+    """
+    offloads = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    device = torch.device("cpu") if offloads else accelerator.device
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old one is kept, so that its id stays its own
+    places = [(module, name, module._parameters[name], source) for (module, name), source in taken.items()]
+
+    def read() -> None:
+        local_bytes = sum(_local(old).numel() * old.element_size() for *_, old, _ in places if old is not None)
+        with _bar(local_bytes, accelerator.is_main_process) as bar:
+            for module, name, old, source in places:
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    made[id(old)] = (old, _filled(old, source, device))
+                    bar.update(_local(old).numel() * old.element_size())
+                module._parameters[name] = made[id(old)][1]
+
+    agree_on_reading(read)
+
+
+def _filled(old: nn.Parameter, source: Source, device: torch.device) -> nn.Parameter:
+    """`old`, a parameter on the meta device, with the values of `source` on `device`."""
+    local = _local(old)
+    out = torch.empty(local.shape, dtype=local.dtype, device=device)
+    part = local_part(old)
+    shape = tuple(stop - start for start, stop in part)
+    assert shape == tuple(local.shape) or not out.numel(), f"part {part} of {old.shape} is not a shard {local.shape}"
+    fill(part_jobs(source, part, out))
+    value: Tensor = out
+    if isinstance(old, DTensor):
+        value = DTensor.from_local(
+            out, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+        )
+    return nn.Parameter(value, requires_grad=old.requires_grad)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def local_part(parameter: Tensor) -> Part:
+    """Which part of the whole tensor this rank's shard is.
+
+    Plain shards are cut first, in the order of the mesh, then strided ones: FSDP2 shards over `efsdp` what `ep` has cut
+    already, and says so with a strided placement.
+    """
+    part = [(0, size) for size in parameter.shape]
+    if not isinstance(parameter, DTensor):
+        return tuple(part)
+    placed = [(axis, each) for axis, each in enumerate(parameter.placements) if not isinstance(each, Replicate)]
+    placed.sort(key=lambda each: type(each[1]).__name__ == "_StridedShard")
+    coordinate: Any = parameter.device_mesh.get_coordinate()
+    for axis, placement in placed:
+        dim = placement.dim  # pyright: ignore[reportAttributeAccessIssue]
+        start, stop = part[dim]
+        size = -(-(stop - start) // parameter.device_mesh.size(axis))
+        low = min(stop, start + coordinate[axis] * size)
+        part[dim] = (low, min(stop, low + size))
+    return tuple(part)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
