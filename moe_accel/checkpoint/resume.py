@@ -53,6 +53,7 @@ from moe_accel.checkpoint.save import (
     Saving,
     full_state_dict_type,
     gather_adapters,
+    guard_save_adapters,
     guard_save_pretrained,
     is_sharded,
     save_hub,
@@ -73,6 +74,7 @@ def install(accelerator: Accelerator) -> None:
     wrap(Accelerator, "save_state", lambda original: around_save_state(original, _installed))
     wrap(Accelerator, "load_state", _load_state)
     wrap(PreTrainedModel, "save_pretrained", guard_save_pretrained)
+    when_defined("peft.peft_model", "PeftModel", lambda peft: wrap(peft, "save_pretrained", guard_save_adapters))
     when_defined("transformers.trainer", "Trainer", _install_on_trainer)
 
 
@@ -199,7 +201,7 @@ def _trainer_save_model(original: Callable) -> Callable:
     def save_model(self: Any, output_dir: Any = None, _internal_call: bool = False) -> Any:
         accelerator = self.accelerator
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
-        if accelerator not in _installed or plugin is None or not accelerator.is_fsdp2:
+        if accelerator not in _installed or plugin is None:
             return original(self, output_dir, _internal_call)
         sharded = plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
         if sharded and _internal_call and output_dir is not None and not self.args.push_to_hub:
@@ -227,8 +229,8 @@ def _without_gathering(trainer: Any) -> Iterator[Deferred]:
     accelerator, deferred = trainer.accelerator, Deferred()
     model = accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     own = type(trainer)._save is not sys.modules["transformers.trainer"].Trainer._save
-    if is_peft_model(model) and not own:
-        accelerator.get_state_dict = lambda *_args, **_kwargs: gather_adapters(accelerator, model)
+    if is_peft_model(model) and is_sharded(model) and not own:
+        accelerator.get_state_dict = lambda *_args, **_kwargs: gather_adapters(model)
     elif isinstance(model, PreTrainedModel) and is_sharded(model) and not own and not trainer.args.push_to_hub:
         accelerator.get_state_dict = lambda *_args, **_kwargs: deferred
     try:

@@ -287,7 +287,25 @@ def tell(message: str) -> None:
         print(f"moe-accel: {message}", file=sys.stderr, flush=True)
 
 
-def gather_adapters(accelerator: Any, model: Any) -> dict[str, Tensor]:
+def guard_save_adapters(original: Callable) -> Callable:
+    """Around `PeftModel.save_pretrained`: of a sharded model, on all ranks, the adapters are gathered for rank 0."""
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_sharded(self) or kwargs.get("state_dict") is not None:
+            if is_sharded(self) and not kwargs["state_dict"]:  # of a rank but the first
+                return None
+            return original(self, save_directory, *args, **kwargs)
+        _await_all_ranks(self, save_directory)
+        weights = gather_adapters(self)
+        if dist.get_rank() == 0:
+            original(self, save_directory, *args, **{**kwargs, "state_dict": weights})
+        dist.barrier()
+        return None
+
+    return save_pretrained
+
+
+def gather_adapters(model: Any) -> dict[str, Tensor]:
     """Of a sharded PEFT model: the weights that PEFT saves, whole, on rank 0; not those of the base. A collective call.
 
     PEFT itself says which: it is shown the shards, and picks. It may be asked once more with the result.
@@ -302,7 +320,7 @@ def gather_adapters(accelerator: Any, model: Any) -> dict[str, Tensor]:
     ]
     chosen = {id(each) for each in picked}
     if chosen - {id(each) for each in state.values()}:  # made by PEFT of several weights
-        return type(accelerator).get_state_dict(accelerator, model)
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     weights = {}
     for name, each in state.items():
         if id(each) in chosen:

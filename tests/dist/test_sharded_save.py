@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers.trainer import Trainer  # noqa: F401 imported once, not on every rank
 
+from moe_accel.convert.commands import verify
 from tests.dist.ranks import run_alone, run_ranks, with_moe_config
 from tests.families import build_tiny, model_class
 
@@ -121,3 +121,129 @@ def test_the_files_are_those_of_plain_save_pretrained(plainly, tmp_path, family,
     names = [name for of_rank in written for name in set(of_rank)]
     assert len(names) == len(set(names)), "no weight is written by two ranks"
     assert_same_checkpoint(tmp_path / "out", plainly(family, layout == "stacked"))
+
+
+def load_and_write(family: str, source: Path, folder: Path) -> None:
+    """Let ranks load a checkpoint and save it again."""
+    from accelerate import Accelerator
+
+    watch_writing()
+    accelerator = Accelerator()
+    model = model_class(family).from_pretrained(source)
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    accelerator.save_model(model, folder, max_shard_size="20KB")
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "ep"),
+    [
+        pytest.param(
+            family, layout, ep,
+            id=f"{family}-{layout}-ep{ep}",
+            marks=() if ep == 2 and family in ("qwen3_moe", "mixtral") else pytest.mark.slow,
+        )
+        for family in FAMILIES
+        for layout in ("per-expert", "stacked")
+        for ep in (1, 2, 4)
+    ],
+)  # fmt: skip
+def test_load_and_save_is_equal_for_moe_accel_verify(plainly, tmp_path, family, layout, ep):
+    source = plainly(family, False)
+    run_ranks(
+        load_and_write, max(2, ep), with_moe_config(ep_size=ep, save_layout=layout),
+        family=family, source=source, folder=tmp_path / "out",
+    )  # fmt: skip
+    assert verify(source, tmp_path / "out", None, None, as_json=False) == 0
+
+
+def write_from_two_hosts(family: str, folder: Path) -> list[str]:
+    """Every rank has a folder of its own, as on hosts that share none; the weights that this rank wrote."""
+    from accelerate import Accelerator
+
+    written = watch_writing()
+    accelerator = Accelerator()
+    model = build_tiny(family)
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    accelerator.save_model(model, folder / str(accelerator.process_index), max_shard_size="20KB")
+    return written
+
+
+def test_where_ranks_share_no_folder_rank_0_writes_for_all(plainly, tmp_path):
+    written = run_ranks(write_from_two_hosts, 2, with_moe_config(ep_size=2), family="qwen3_moe", folder=tmp_path)
+    assert written[0]
+    assert not written[1]
+    assert_same_checkpoint(tmp_path / "0", plainly("qwen3_moe", False))
+    assert not (tmp_path / "1").exists()
+
+
+def write_twice(family: str, folder: Path) -> None:
+    """A save in many files, and one of another model, in few, into the same folder."""
+    from accelerate import Accelerator
+
+    watch_writing()
+    accelerator = Accelerator()
+    for seed, max_shard_size in ((1, "10KB"), (0, "60KB")):
+        model = build_tiny(family, seed=seed)
+        model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        accelerator.unwrap_model(model).save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def test_a_second_save_leaves_nothing_of_the_first(plainly, tmp_path):
+    run_ranks(write_twice, 2, with_moe_config(ep_size=2), family="qwen3_moe", folder=tmp_path / "out")
+    assert_same_checkpoint(tmp_path / "out", plainly("qwen3_moe", False))
+
+
+TIED = (("tie_word_embeddings", True),)
+
+
+def test_tied_weights_are_written_once(plainly, tmp_path):
+    run_ranks(write_on_ranks, 2, with_moe_config(ep_size=2), family="qwen3_moe", folder=tmp_path / "out", config=TIED)
+    assert "lm_head.weight" not in contents(tmp_path / "out")
+    assert_same_checkpoint(tmp_path / "out", plainly("qwen3_moe", False, TIED))
+
+
+UNEVEN = (("num_experts", 6), ("vocab_size", 67))
+
+
+@pytest.mark.parametrize(("ranks", "ep"), [(4, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+def test_uneven_shards_are_put_together(plainly, tmp_path, ranks, ep):
+    """6 experts over 4 ranks, 67 rows of embeddings: some ranks hold less than others, or rows across."""
+    environment = with_moe_config(ep_size=ep)
+    run_ranks(write_on_ranks, ranks, environment, family="qwen3_moe", folder=tmp_path / "out", config=UNEVEN)
+    assert_same_checkpoint(tmp_path / "out", plainly("qwen3_moe", False, UNEVEN))
+
+
+def write_adapters(family: str, folder: Path) -> tuple[list[str], list[str]]:
+    """Save adapters of attention, of experts and a whole output layer, in two ways; names gathered, names of it all."""
+    from accelerate import Accelerator
+    from peft import LoraConfig, get_peft_model
+
+    from moe_accel.checkpoint.save import gather_adapters
+    from tests.families import randomise
+
+    experts = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    accelerator = Accelerator()
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts, modules_to_save=["lm_head"])
+    model = get_peft_model(build_tiny(family), config)
+    randomise(model, seed=7, only="lora_")
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    unwrapped: Any = accelerator.unwrap_model(model)
+    unwrapped.save_pretrained(folder / "ours")
+    weights = accelerator.get_state_dict(model)
+    unwrapped.save_pretrained(folder / "gathered", state_dict=weights, is_main_process=accelerator.is_main_process)
+    return list(gather_adapters(unwrapped)), list(weights)
+
+
+def test_adapters_are_those_that_peft_writes_and_the_base_is_not_gathered(tmp_path):
+    gathered, everything = run_ranks(
+        write_adapters, 2, with_moe_config(ep_size=2), family="qwen3_moe", folder=tmp_path
+    )[0]
+    ours, theirs = contents(tmp_path / "ours"), contents(tmp_path / "gathered")
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert any("experts" in name for name in ours)
+    assert any("lm_head" in name for name in ours)
+    assert len(gathered) < len(everything) / 2
+    assert not [name for name in gathered if "base_layer" in name and "lora_" not in name]
+    configs = [json.loads((tmp_path / way / "adapter_config.json").read_text()) for way in ("ours", "gathered")]
+    assert configs[0] == configs[1]
