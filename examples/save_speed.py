@@ -107,8 +107,8 @@ def be_rank(arm: str, num_layers: int, out: Path) -> None:
         num_hidden_layers=num_layers,
         num_attention_heads=32,
         num_key_value_heads=4,
-        head_dim=128,
     )
+    config.head_dim = 128
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu")

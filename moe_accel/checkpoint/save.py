@@ -320,7 +320,8 @@ def gather_adapters(model: Any) -> dict[str, Tensor]:
     ]
     chosen = {id(each) for each in picked}
     if chosen - {id(each) for each in state.values()}:  # made by PEFT of several weights
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        whole: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return whole
     weights = {}
     for name, each in state.items():
         if id(each) in chosen:
