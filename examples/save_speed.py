@@ -58,6 +58,7 @@ def measure(arm: str, num_ranks: int, num_layers: int, folder: Path) -> dict:
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
         "MOE_ACCEL_CONFIG": json.dumps({"ep_size": num_ranks}),
         "WORLD_SIZE": str(num_ranks),
@@ -112,9 +113,10 @@ def be_rank(arm: str, num_layers: int, out: Path) -> None:
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu")
-    for parameter in model.parameters():  # the same noise everywhere: what matters is that it is not zero pages
-        parameter.data.view(-1).view(torch.int16).fill_(0x3C00 + accelerator.process_index)
-    model = accelerator.prepare(model)
+    if accelerator.is_main_process:  # the other ranks get their shards from this one, and touch no page of their own
+        for parameter in model.parameters():
+            parameter.data.view(-1).view(torch.int16).random_(0x3C00, 0x3D00)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     accelerator.wait_for_everyone()
