@@ -20,6 +20,7 @@ ENV_VAR = "MOE_ACCEL_CONFIG"
 SECTION = "moe_config"
 DISPATCHERS = ("auto", "alltoall", "deepep")
 KERNELS = ("auto", "reference", "fused", "te")
+SAVE_LAYOUTS = ("per-expert", "stacked")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class MoEOptions:
         kernels: how a rank computes its experts: `auto`, `reference` (a slow, true loop), `fused` or `te`.
         dp_replicate_size: HSDP replicas; None leaves it to accelerate's own `parallelism_config` section.
         kept_layers: last layers that gradient checkpointing leaves out: each takes memory and saves a recompute.
+        save_layout: of saved models: `per-expert`, as `save_pretrained` writes for the hub, or `stacked`, as in memory.
     """
 
     ep_size: int = 1
@@ -39,6 +41,7 @@ class MoEOptions:
     kernels: str = "auto"
     dp_replicate_size: int | None = None
     kept_layers: int = 0
+    save_layout: str = "per-expert"
 
     def problems(self) -> list[str]:
         """Every rule broken by the values alone, as sentences; empty when there is none."""
@@ -51,7 +54,7 @@ class MoEOptions:
                 found.append(f"{name}={value!r} must be a whole number")
             elif value < least:
                 found.append(f"{name}={value} must be at least {least}")
-        for name, allowed in (("dispatcher", DISPATCHERS), ("kernels", KERNELS)):
+        for name, allowed in (("dispatcher", DISPATCHERS), ("kernels", KERNELS), ("save_layout", SAVE_LAYOUTS)):
             value = getattr(self, name)
             if value not in allowed:
                 found.append(f"{name}={value!r} must be one of {', '.join(allowed)}{_did_you_mean(value, allowed)}")

@@ -29,6 +29,7 @@ class MoEConfig(ParallelismConfig):
         dispatcher: transport of tokens to experts: `auto`, `alltoall` or `deepep`. Unused at ep_size 1.
         kernels: how a rank computes its experts: `auto`, `reference` (a slow, true loop), `fused` or `te`.
         kept_layers: last layers that gradient checkpointing leaves out: each takes memory and saves a recompute.
+        save_layout: of saved models: `per-expert`, as `save_pretrained` writes for the hub, or `stacked`, as in memory.
 
     Raises:
         ConfigError: a value is wrong; all wrong values are listed. Or, when the Accelerator is made, they do not fit
@@ -39,6 +40,7 @@ class MoEConfig(ParallelismConfig):
     dispatcher: str = "auto"
     kernels: str = "auto"
     kept_layers: int = 0
+    save_layout: str = "per-expert"
 
     sparse_mesh = None  # the experts' mesh, once an Accelerator has the config; not a field
 

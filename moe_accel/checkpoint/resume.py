@@ -1,20 +1,22 @@
 """Where accelerate and transformers are extended, so that their own calls save and resume a mixture of experts.
 
-    accelerator.save_model(model, folder)     hub layout                                  save.py
-    model.save_pretrained(folder)             refused on a sharded model without weights  save.py
+    accelerator.save_model(model, folder)     hub layout, every rank its part             save.py
+    model.save_pretrained(folder)             the same, on all ranks                      save.py
+    accelerator.save_state(folder)            beside, then renamed                        periodic.py
     accelerator.load_state(folder)            a damaged folder is found first             here
       without FSDP, of an FSDP2 folder        read all the same                           unsharded.py
     Trainer: resume, load_best_model          the experts too; a damaged folder first     load.py, here
-    Trainer.save_model, SHARDED_STATE_DICT    hub layout instead of nothing               here
-      of a periodic checkpoint                its folder, so that it can become the best  here
+    Trainer.save_model                        hub layout, every rank its part             here
+      of a periodic checkpoint                beside, then renamed                        periodic.py
 
-`save_state`, and `load_state` of a whole folder, are accelerate's own: the experts are DTensors under the model's
-names, which torch.distributed.checkpoint reads at any `ep_size`. The extensions act for accelerators that they were
-installed on, and leave all others alone.
+What `save_state` writes, and `load_state` of a whole folder, are accelerate's own: the experts are DTensors under the
+model's names, which torch.distributed.checkpoint reads at any `ep_size`. The extensions act for accelerators that they
+were installed on, and leave all others alone.
 """
 
-import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -38,7 +40,26 @@ from moe_accel.checkpoint.files import (
     shorten,
 )
 from moe_accel.checkpoint.load import default_conversions, load_hub_checkpoint
-from moe_accel.checkpoint.save import full_state_dict_type, guard_save_pretrained, save_hub
+from moe_accel.checkpoint.periodic import (
+    TRAINER_STAGING,
+    around_save_checkpoint,
+    around_save_state,
+    numbered_states,
+    tell_of_unfinished,
+)
+from moe_accel.checkpoint.publish import recover_folder, staging_name
+from moe_accel.checkpoint.save import (
+    Deferred,
+    Saving,
+    full_state_dict_type,
+    gather_adapters,
+    guard_save_adapters,
+    guard_save_pretrained,
+    is_sharded,
+    save_hub,
+    saving_of,
+    tell,
+)
 from moe_accel.checkpoint.unsharded import load_unsharded
 from moe_accel.errors import CheckpointError
 from moe_accel.hooks import when_defined, wrap
@@ -50,8 +71,10 @@ def install(accelerator: Accelerator) -> None:
     """Make saving and resuming through `accelerator`, and through a Trainer that holds it, complete and checked."""
     _installed.add(accelerator)
     wrap(Accelerator, "save_model", _save_model)
+    wrap(Accelerator, "save_state", lambda original: around_save_state(original, _installed))
     wrap(Accelerator, "load_state", _load_state)
     wrap(PreTrainedModel, "save_pretrained", guard_save_pretrained)
+    when_defined("peft.peft_model", "PeftModel", lambda peft: wrap(peft, "save_pretrained", guard_save_adapters))
     when_defined("transformers.trainer", "Trainer", _install_on_trainer)
 
 
@@ -61,6 +84,8 @@ def install_on_model(accelerator: Accelerator, model: nn.Module) -> None:
     `from_pretrained` leaves it on the model. A model built from a config has to be looked up by its class later, which
     fails for the class that `fully_shard` makes: nemotron_h and deepseek_v4 would be saved under wrong names.
     """
+    config: Any = accelerator.parallelism_config
+    saving_of[model] = Saving(config.save_layout == "stacked", accelerator.device)
     if isinstance(model, PreTrainedModel) and getattr(model, "_weight_conversions", None) is None:
         model.__dict__["_weight_conversions"] = default_conversions(model)
 
@@ -69,6 +94,7 @@ def _install_on_trainer(trainer: type) -> None:
     wrap(trainer, "_load_from_checkpoint", _load_from_checkpoint)
     wrap(trainer, "_load_best_model", _load_best_model)
     wrap(trainer, "save_model", _trainer_save_model)
+    wrap(trainer, "_save_checkpoint", lambda original: around_save_checkpoint(original, _installed))
 
 
 def _save_model(original: Callable) -> Callable:
@@ -97,11 +123,19 @@ def _load_state(original: Callable) -> Callable:
     """Around `Accelerator.load_state`."""
 
     def load_state(self: Accelerator, input_dir: Any = None, *args: Any, **kwargs: Any) -> Any:
-        folder = _latest_state(self) if input_dir is None else Path(input_dir).expanduser()
-        if self in _installed and folder is not None and folder.is_dir():
-            check_state(self, folder, self._models, len(self._optimizers))
-            if not self.is_fsdp2 and has_fsdp_model(folder):
-                return load_unsharded(self, folder, lambda: original(self, input_dir, *args, **kwargs))
+        if self not in _installed:
+            return original(self, input_dir, *args, **kwargs)
+        if input_dir is None:
+            folder = _latest_state(self)
+            input_dir = None if folder is None else str(folder)
+        else:
+            folder = Path(input_dir).expanduser().resolve()
+            _recover(self, folder)
+            if folder.is_dir():
+                check_state(self, folder, self._models, len(self._optimizers))
+                tell_of_unfinished(folder, [staging_name(folder)])
+        if folder is not None and folder.is_dir() and not self.is_fsdp2 and has_fsdp_model(folder):
+            return load_unsharded(self, folder, lambda: original(self, input_dir, *args, **kwargs))
         return original(self, input_dir, *args, **kwargs)
 
     return load_state
@@ -112,6 +146,8 @@ def _load_from_checkpoint(original: Callable) -> Callable:
 
     def load_from_checkpoint(self: Any, resume_from_checkpoint: Any, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
+        if self.accelerator in _installed:
+            tell_of_unfinished(folder, [folder.parent / TRAINER_STAGING])
         # Trainer loads the optimizer next, if there is one: `save_only_model` leaves it out.
         num_optimizers = int(any(fsdp_path(folder, OPTIMIZER_NAME, 0, full).exists() for full in (True, False)))
         if not _load_into(self, self.model if model is None else model, folder, num_optimizers):
@@ -163,19 +199,44 @@ def _trainer_save_model(original: Callable) -> Callable:
     """Around `Trainer.save_model`."""
 
     def save_model(self: Any, output_dir: Any = None, _internal_call: bool = False) -> Any:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        sharded = plugin is not None and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
-        if self.accelerator not in _installed or not sharded:
+        accelerator = self.accelerator
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        if accelerator not in _installed or plugin is None:
             return original(self, output_dir, _internal_call)
-        if _internal_call and output_dir is not None and not self.args.push_to_hub:
+        sharded = plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+        if sharded and _internal_call and output_dir is not None and not self.args.push_to_hub:
             # A periodic checkpoint has the model in torch.distributed.checkpoint's files, next to the optimizer. They
             # are written after this call; before that, each rank notes it as the best one, if it finds the folder.
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             return original(self, output_dir, _internal_call)
-        with full_state_dict_type(plugin):
-            return original(self, output_dir, _internal_call)
+        with full_state_dict_type(plugin), _without_gathering(self) as deferred:
+            result = original(self, output_dir, _internal_call)
+        if broadcast_object_list([deferred.taken])[0]:  # by `_save` on rank 0
+            unwrapped: Any = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            unwrapped.save_pretrained(self.args.output_dir if output_dir is None else output_dir)
+        return result
 
     return save_model
+
+
+@contextmanager
+def _without_gathering(trainer: Any) -> Iterator[Deferred]:
+    """While `Trainer.save_model` runs, let `get_state_dict` gather no more than it has to.
+
+    Nothing where all ranks write afterwards; of a PEFT model, what PEFT puts into its files. Everything as before where
+    the model is uploaded in the same call, or a subclass saves in its own way.
+    """
+    accelerator, deferred = trainer.accelerator, Deferred()
+    model = accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    own = type(trainer)._save is not sys.modules["transformers.trainer"].Trainer._save
+    if is_peft_model(model) and is_sharded(model) and not own:
+        accelerator.get_state_dict = lambda *_args, **_kwargs: gather_adapters(model)
+    elif isinstance(model, PreTrainedModel) and is_sharded(model) and not own and not trainer.args.push_to_hub:
+        accelerator.get_state_dict = lambda *_args, **_kwargs: deferred
+    try:
+        yield deferred
+    finally:
+        accelerator.__dict__.pop("get_state_dict", None)
 
 
 def check_state(accelerator: Accelerator, folder: Path, models: Iterable[nn.Module], num_optimizers: int) -> None:
@@ -237,13 +298,33 @@ def _check_fsdp(folder: Path, stem: str, index: int, full: bool) -> set[str]:
 
 
 def _latest_state(accelerator: Accelerator) -> Path | None:
-    """The folder that `load_state()` without a folder takes: the last one of automatic checkpoint naming."""
-    numbered = {}
-    if accelerator.project_configuration.automatic_checkpoint_naming and accelerator.project_dir:
-        for folder in Path(accelerator.project_dir, "checkpoints").glob("*"):
-            if digits := re.search(r"[0-9]+$", folder.name):
-                numbered[int(digits[0])] = folder
-    return numbered[max(numbered)] if numbered else None
+    """The folder that `load_state()` without a folder takes: the last whole one of automatic checkpoint naming.
+
+    Raises:
+        CheckpointError: there are some, and none is whole.
+    """
+    if not accelerator.project_configuration.automatic_checkpoint_naming or not accelerator.project_dir:
+        return None
+    project_dir = Path(accelerator.project_dir)
+    problem = None
+    for folder in numbered_states(project_dir / "checkpoints"):
+        try:
+            check_state(accelerator, folder, accelerator._models, len(accelerator._optimizers))
+        except CheckpointError as error:
+            tell(f"{folder} is left out: {error.message}")
+            problem = problem or error
+            continue
+        tell_of_unfinished(folder, sorted(project_dir.glob(".checkpoint_*.saving")))
+        return folder
+    if problem is not None:
+        raise problem
+    return None
+
+
+def _recover(accelerator: Accelerator, folder: Path) -> None:
+    if accelerator.is_local_main_process:
+        recover_folder(folder)
+    accelerator.wait_for_everyone()
 
 
 def _is_transformers_model(accelerator: Accelerator, model: nn.Module) -> bool:

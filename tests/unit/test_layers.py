@@ -126,7 +126,7 @@ def test_the_public_names_are_these_and_each_one_is_there():
 
 
 def test_the_options_are_these_and_adding_one_is_a_decision():
-    assert OPTION_NAMES == ("ep_size", "dispatcher", "kernels", "dp_replicate_size", "kept_layers")
+    assert OPTION_NAMES == ("ep_size", "dispatcher", "kernels", "dp_replicate_size", "kept_layers", "save_layout")
     assert len(OPTION_NAMES) <= 12
 
 

@@ -1,0 +1,112 @@
+"""`kill -9` in the middle of saves: training always goes on from a whole checkpoint, with the same losses.
+
+A run saves its state after every step. A timer kills a rank at a random moment of a random save, which ends all of them.
+The next run resumes what is there. What is lost is at most the step whose save was cut short.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist.ranks import RankError, run_ranks, with_moe_config
+from tests.dist.test_resume import NUM_SEQUENCES, SEQUENCE, before_fork  # noqa: F401
+from tests.dist.training import OPTIMIZER
+from tests.families import build_tiny, tiny_inputs, tiny_loss
+
+NUM_STEPS = 200
+"""More than any run gets to: each is killed, but the last, which does one step."""
+
+SAVE_S = 0.25
+"""About as long as the save of a tiny state takes; moments are drawn from it, and a little beyond."""
+
+
+def train(family: str, folder: Path, stop_after: int, kill_s: float | None, automatic: bool) -> list[float]:
+    """Resume, if there is anything to resume, then step and save; the losses of this run's steps.
+
+    Args:
+        family: of the model.
+        folder: where states are saved; every loss is noted in losses.jsonl beside them.
+        stop_after: steps to do; the last one's save is the one to be cut short.
+        kill_s: seconds after the beginning of that save to kill rank 0 at; None: not at all.
+        automatic: name the states by accelerate's automatic checkpoint naming, keeping one; else overwrite one.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=automatic, total_limit=1)
+    accelerator = Accelerator(project_config=project)
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    model = build_tiny(family)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), **OPTIMIZER))
+    counter = Counter()
+    accelerator.register_for_checkpointing(counter)
+    if (folder / "losses.jsonl").exists():  # some run has done a step
+        accelerator.load_state(None if automatic else folder / "state")
+        project.iteration = counter.step
+    losses = []
+    for done in range(stop_after):
+        inputs = tiny_inputs(family, NUM_SEQUENCES, SEQUENCE, seed=counter.step)
+        mine = {name: tensor[rank::num_ranks] for name, tensor in inputs.items()}
+        loss = tiny_loss(model, mine)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if rank == 0:
+            with (folder / "steps.jsonl").open("a") as file:
+                file.write(json.dumps([counter.step, loss.item()]) + "\n")
+        counter.step += 1
+        if kill_s is not None and done == stop_after - 1 and rank == 0:
+            threading.Timer(kill_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        accelerator.save_state(None if automatic else folder / "state")
+        if rank == 0:
+            (folder / "losses.jsonl").touch()
+    if kill_s is not None:
+        threading.Event().wait(2 * SAVE_S + 1)
+    return losses
+
+
+class Counter:
+    """The step that comes next, as part of the state."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+
+@pytest.mark.parametrize("automatic", [False, True], ids=["one-folder", "automatic-naming"])
+@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_after_kills_in_the_middle_of_saves_training_goes_on_with_the_same_losses(tmp_path, num_kills, automatic):
+    environment = with_moe_config(ep_size=2)
+    draw = random.Random(num_kills)
+    how = {"family": "qwen3_moe", "automatic": automatic}
+    run_ranks(train, 2, environment, folder=tmp_path, stop_after=1, kill_s=None, **how)
+    cut_short = 0
+    for _ in range(num_kills):
+        with pytest.raises(RankError, match="rank 0 ended with SIGKILL"):
+            run_ranks(train, 2, environment, folder=tmp_path, stop_after=2, kill_s=draw.uniform(0, SAVE_S), **how)
+        cut_short += bool(list(tmp_path.glob(".*.saving")))
+    run_ranks(train, 2, environment, folder=tmp_path, stop_after=1, kill_s=None, **how)
+    assert cut_short, "no kill hit a save"
+
+    steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    reached = max(step for step, _ in steps) + 1
+    assert reached >= num_kills + 2, "each run saved at least its first step"
+    whole = tmp_path / "uninterrupted"
+    whole.mkdir()
+    losses = run_ranks(train, 2, environment, folder=whole, stop_after=reached, kill_s=None, **how)[0]
+    assert [loss for _, loss in steps] == [losses[step] for step, _ in steps], "bit for bit, repeated steps too"
+    shutil.rmtree(whole)
