@@ -32,7 +32,7 @@ def down_weight(module: Any) -> tuple[Tensor, Tensor | None]:
 
 def hidden_size(module: Any) -> int:
     """H of an experts module."""
-    return up_weight(module)[0].shape[1]
+    return getattr(module, projections(module)[0]).shape[1 if module.is_transposed else 2]
 
 
 def projections(module: Any) -> tuple[str, str]:

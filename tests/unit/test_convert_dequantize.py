@@ -344,6 +344,7 @@ def test_a_finished_directory_that_was_damaged_is_told(fp8, tmp_path):
     assert f"remove {tmp_path / 'out'}" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_a_second_run_gives_the_same_directory(fp8, tmp_path):
     torch.set_num_threads(1)  # a process that was forked has none of the others
 

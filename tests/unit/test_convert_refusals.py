@@ -204,4 +204,4 @@ def test_100_000_tensors_are_planned_in_seconds(tmp_path):
     start = time.process_time()  # of the processor: the machine may be busy
     job = run.prepare(source, tmp_path / "out", Options("stacked"))
     assert (len(names), len(job.plan.outputs)) == (99_840, 130)
-    assert time.process_time() - start < 3, "1.4 s when last measured"
+    assert time.process_time() - start < 5, "1.4 s on a quiet machine, 3.1 on a busy one"
