@@ -76,7 +76,7 @@ def _prepare_model(original: Callable) -> Callable:
     """Around `Accelerator.prepare_model`, which Trainer calls itself to evaluate without training."""
 
     def prepare_model(self: Accelerator, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self in _installed and has_experts(model):
+        if self in _installed and experts.has_experts(model):
             swap_all(self, [model])
             read_whole_models(self, [model])
         return original(self, model, *args, **kwargs)
@@ -101,7 +101,7 @@ def swap_all(accelerator: Accelerator, models: list[nn.Module]) -> None:
     Raises:
         UnsupportedModelError: there is no mixture of experts, now or in an earlier prepare().
     """
-    dense = [model for model in models if not has_experts(model)]
+    dense = [model for model in models if not experts.has_experts(model)]
     if len(dense) == len(models) and not _installed[accelerator]:
         for model in dense:
             experts.find_experts(model)  # says what is wrong with it
@@ -111,11 +111,6 @@ def swap_all(accelerator: Accelerator, models: list[nn.Module]) -> None:
             _installed[accelerator].append(report)
             if accelerator.is_main_process:
                 say(report)
-
-
-def has_experts(model: nn.Module) -> bool:
-    """Whether any module of the model is an experts module; raises nothing."""
-    return any(experts.is_decorated(module) for module in model.modules())
 
 
 def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:

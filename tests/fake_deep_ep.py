@@ -9,139 +9,17 @@ Read in deep_ep 1.2.1 and 2.1.0: `buffer.py`, `legacy/buffer.hpp`, `elastic.py`,
 import importlib.machinery
 import sys
 import types
-from collections import Counter
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-CALLS = Counter()
-"""Calls by name, those with a handle apart."""
+from tests.fake_deep_ep_tokens import ALIVE, CALLS, PENDING, Config, Event, EventOverlap, Mover, check_rows, topk_idx_t
 
-PENDING = []
-"""Events that nobody has waited for."""
-
-ALIVE = []
-"""Buffers that are not destroyed."""
+__all__ = ["ALIVE", "CALLS", "PENDING", "Buffer", "ElasticBuffer", "install", "make"]
 
 
-class Event:
-    """Results that come when it is waited for; `capture` gives one without results."""
-
-    def __init__(self, *results):
-        self.results = [(each, each.clone()) for each in results if each is not None]
-        for shown, _ in self.results:
-            shown.fill_(float("nan") if shown.is_floating_point() else (False if shown.dtype == torch.bool else -7))
-        PENDING.append(self)
-
-    def happen(self):
-        for shown, kept in self.results:
-            shown.copy_(kept)
-        self.results = []
-        if self in PENDING:
-            PENDING.remove(self)
-
-
-class EventOverlap:
-    def __init__(self, event):
-        self.event = event
-
-    def current_stream_wait(self):
-        assert self.event is not None
-        self.event.happen()
-
-
-class Config:
-    def __init__(self, what, num_sms):
-        self.what, self.num_sms = what, num_sms
-
-    def get_nvl_buffer_size_hint(self, hidden_bytes, num_ranks):
-        return self.num_sms // 2 * num_ranks * 256 * (hidden_bytes + 2048)
-
-    def get_rdma_buffer_size_hint(self, hidden_bytes, num_ranks):
-        return 0 if num_ranks <= 8 else 1 << 20
-
-
-def exchange(rows, send, receive, group):
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-    return received
-
-
-def check_rows(x, buffer_hidden):
-    assert x.dim() == 2, x.shape
-    assert x.is_contiguous()
-    assert x.dtype == torch.bfloat16, x.dtype
-    assert x.shape[1] <= buffer_hidden, f"rows of {x.shape[1]} in a buffer for {buffer_hidden}"
-    assert x.isfinite().all(), "rows that are not there yet"
-
-
-class _Mover:
-    """What both implementations do with tokens: rows ordered by source rank, then by token."""
-
-    def join(self, group):
-        assert isinstance(group, dist.ProcessGroup), group
-        self.group, self.rank, self.group_size = group, group.rank(), group.size()
-        self.destroyed = False
-        ALIVE.append(self)
-
-    def leave(self, explicitly_destroy):
-        assert explicitly_destroy, "`explicitly_destroy` flag must be set"
-        assert not self.destroyed
-        assert not PENDING, "destroyed while somebody still has to wait"
-        assert dist.is_initialized(), "destroyed after the process group"
-        dist.barrier(self.group)  # as the real one waits for the other ranks
-        self.destroyed = True
-        ALIVE.remove(self)
-
-    def layout_of(self, topk_idx, num_experts):
-        assert num_experts % self.group_size == 0
-        num_local = num_experts // self.group_size
-        ranks = torch.where(topk_idx >= 0, topk_idx // num_local, -1)
-        in_rank = torch.stack([(ranks == rank).any(1) for rank in range(self.group_size)], 1)
-        per_expert = torch.stack([(topk_idx == expert).sum() for expert in range(num_experts)])
-        return in_rank.sum(0).int(), per_expert.int(), in_rank
-
-    def all_counts(self, per_rank):
-        """[G,G] rows from each rank to each rank."""
-        found = [torch.empty_like(per_rank) for _ in range(self.group_size)]
-        dist.all_gather(found, per_rank, group=self.group)
-        return torch.stack(found)
-
-    def sources(self, in_rank):
-        return torch.cat([in_rank[:, rank].nonzero()[:, 0] for rank in range(self.group_size)])
-
-    def there(self, rows, in_rank, counts):
-        return exchange(
-            rows[self.sources(in_rank)], counts[self.rank].tolist(), counts[:, self.rank].tolist(), self.group
-        )
-
-    def back(self, rows, in_rank, counts):
-        """Summed in fp32, rounded once."""
-        sent_back = exchange(rows, counts[:, self.rank].tolist(), counts[self.rank].tolist(), self.group)
-        total = torch.zeros(in_rank.shape[0], rows.shape[1])
-        return total.index_add_(0, self.sources(in_rank), sent_back.float()).to(rows.dtype)
-
-    def arrived(self, topk_idx, topk_weights, num_experts, in_rank, counts):
-        idx, weights = (self.there(each, in_rank, counts) for each in (topk_idx, topk_weights))
-        num_local = num_experts // self.group_size
-        idx = idx - self.rank * num_local
-        here = (idx >= 0) & (idx < num_local)
-        idx = idx.where(here, -1)
-        per_expert = [int((idx == expert).sum()) for expert in range(num_local)]
-        return idx, weights.where(here, 0), per_expert
-
-    def check_choices(self, topk_idx, topk_weights, num_tokens):
-        assert topk_idx.dtype == topk_idx_t, topk_idx.dtype
-        assert topk_weights.dtype == torch.float32, topk_weights.dtype
-        assert topk_idx.is_contiguous()
-        assert topk_weights.is_contiguous()
-        assert topk_idx.shape == topk_weights.shape
-        assert topk_idx.shape[0] == num_tokens
-        assert topk_idx.shape[1] <= 32
-
-
-class Buffer(_Mover):
+class Buffer(Mover):
     num_sms = 20
 
     def __init__(
@@ -194,12 +72,6 @@ class Buffer(_Mover):
             assert isinstance(previous_event, EventOverlap)
             assert previous_event.event is not None
             previous_event.event.happen()
-
-    def end(self, async_finish, *results):
-        event = Event(*results)
-        if not async_finish:
-            event.happen()
-        return EventOverlap(event if async_finish else None)
 
     def room(self, config, hidden):
         needed = config.num_sms // 2 * self.group_size * 256 * hidden * 2
@@ -286,12 +158,7 @@ class Buffer(_Mover):
         assert x.shape[0] == handle[3].shape[0], "rows of another dispatch"
         assert config.num_sms // 2 == handle[1].shape[1], "a handle of another number of SMs"
         counts, in_rank = handle[0].diff(dim=0, prepend=handle[0].new_zeros(1, self.group_size)), handle[4]
-        combined, weights = self.back(x, in_rank, counts), None
-        if topk_weights is not None:
-            assert topk_weights.dtype == torch.float32
-            assert topk_weights.is_contiguous()
-            assert topk_weights.shape[0] == x.shape[0]
-            weights = self.back(topk_weights, in_rank, counts)
+        combined, weights = self.both_back(x, topk_weights, in_rank, counts)
         return combined, weights, self.end(async_finish, combined, weights)
 
 
@@ -302,7 +169,7 @@ class EPHandle:
         self.in_rank, self.counts = in_rank, counts
 
 
-class ElasticBuffer(_Mover):
+class ElasticBuffer(Mover):
     def __init__(
         self,
         group,
@@ -344,12 +211,6 @@ class ElasticBuffer(_Mover):
             assert isinstance(previous_event, Event), previous_event
             assert allocate_on_comm_stream
             previous_event.happen()
-
-    def end(self, is_async, *results):
-        event = Event(*results)
-        if not is_async:
-            event.happen()
-        return EventOverlap(event if is_async else None)
 
     def dispatch(
         self,
@@ -411,15 +272,8 @@ class ElasticBuffer(_Mover):
         CALLS["combine"] += 1
         check_rows(x, self.room[1])
         assert x.shape[0] == int(handle.counts[:, self.rank].sum()), "rows of another dispatch"
-        combined, weights = self.back(x, handle.in_rank, handle.counts), None
-        if topk_weights is not None:
-            assert topk_weights.dtype == torch.float32
-            assert topk_weights.is_contiguous()
-            weights = self.back(topk_weights, handle.in_rank, handle.counts)
+        combined, weights = self.both_back(x, topk_weights, handle.in_rank, handle.counts)
         return combined, weights, self.end(async_with_compute_stream, combined, weights)
-
-
-topk_idx_t = torch.int64
 
 
 def make(*names):

@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from moe_accel.checkpoint.publish import place_folder, recover_folder, staging_name
-from moe_accel.checkpoint.save import tell
 from moe_accel.errors import CheckpointError
+from moe_accel.ranks import tell
 
 TRAINER_STAGING = ".saving"
 

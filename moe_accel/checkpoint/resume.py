@@ -58,11 +58,11 @@ from moe_accel.checkpoint.save import (
     is_sharded,
     save_hub,
     saving_of,
-    tell,
 )
 from moe_accel.checkpoint.unsharded import load_unsharded
 from moe_accel.errors import CheckpointError
 from moe_accel.hooks import when_defined, wrap
+from moe_accel.ranks import tell
 
 _installed: WeakSet[Accelerator] = WeakSet()
 

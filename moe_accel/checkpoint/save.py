@@ -11,7 +11,6 @@ import itertools
 import os
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from moe_accel.checkpoint.publish import publish_weights
 from moe_accel.checkpoint.revert import group_weights
 from moe_accel.checkpoint.sharded import ONE_FILE_BYTES, boxes_of, files_of, plan, write
 from moe_accel.errors import CheckpointError
+from moe_accel.ranks import gather, tell
 
 SAVE_HINT = (
     "call on every rank: accelerator.save_model(model, folder), or\n"
@@ -85,13 +85,10 @@ def guard_save_pretrained(original: Callable) -> Callable:
         if isinstance(weights, Deferred):
             weights.taken = True
             return None
-        if not is_sharded(self):
-            if self in saving_of and saving_of[self].stacked:
-                given.arguments.setdefault("save_original_format", False)
-            return original(*given.args, **given.kwargs)
-        if weights is None:
+        sharded = is_sharded(self)
+        if sharded and weights is None:
             return _save_on_all_ranks(original, self, given)
-        if isinstance(weights, Mapping):
+        if sharded and isinstance(weights, Mapping):
             if not weights:  # what get_state_dict gives every rank but the first; writing it would undo rank 0's
                 return None
             pieces = [name for name, tensor in weights.items() if isinstance(tensor, DTensor)]
@@ -197,8 +194,7 @@ def save_sharded(
         write(model, state, shapes, units, boxes, files, device)
     except OSError as error:
         problem = f"rank {rank}: {error}"
-    written: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(written, ([(file.path, list(file.weights)) for file in files], problem))
+    written = gather(([(file.path, list(file.weights)) for file in files], problem))
     problems = [each for _, each in written if each]
     if rank == 0 and not problems:
         try:
@@ -229,8 +225,7 @@ def _writers(staging: Path) -> list[int]:
     token = _from_rank_0(token)
     if not isinstance(token, str):
         raise CheckpointError(f"{staging.parent} cannot be written in: {token}")
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, (staging / token).exists())
+    seen = gather((staging / token).exists())
     if dist.get_rank() == 0:
         (staging / token).unlink()
     blind = [rank for rank, sees in enumerate(seen) if not sees]
@@ -251,8 +246,7 @@ def _weights_to_save(model: PreTrainedModel) -> dict[str, Tensor]:
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if target in state and source in state and target != source:
             tied[target] = _same(state[target], state[source])
-    same: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(same, tied)
+    same = gather(tied)
     for target in tied:
         if all(of_rank[target] for of_rank in same):
             del state[target]
@@ -279,12 +273,6 @@ def _from_rank_0(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-def tell(message: str) -> None:
-    """Print a line to stderr on rank 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"moe-accel: {message}", file=sys.stderr, flush=True)
 
 
 def guard_save_adapters(original: Callable) -> Callable:

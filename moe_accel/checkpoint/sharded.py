@@ -9,10 +9,8 @@ An expert is written by a rank that holds it, so that experts stay where they ar
 stay stacked, go to the writers in turn, a slice at a time. Of HSDP replicas only the first one writes.
 """
 
-import json
 import math
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,18 +23,17 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moe_accel.checkpoint.revert import Group, Shapes
+from moe_accel.convert.copy import write_all
+from moe_accel.convert.dtypes import SAFETENSORS_DTYPES
+from moe_accel.convert.headers import make_header
+from moe_accel.convert.regions import Tensor as Described
+from moe_accel.ranks import gather
 
 UNIT_BYTES = 64 * 2**20
 """What a writer converts at a time, where it can be cut so: little memory, and few messages."""
 
 ONE_FILE_BYTES = 256 * 2**20
 """Up to this size rank 0 writes one file, as `save_pretrained` would: nothing is gained by more."""
-
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of the part of a weight that a rank holds."""
@@ -68,16 +65,11 @@ class File:
 
     def header(self) -> bytes:
         """The safetensors header; settles the offsets. Wide dtypes come first, so that each weight is aligned."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name, (shape, dtype) in sorted(self.weights.items(), key=lambda item: -item[1][1].itemsize):
-            end = at + shape.numel() * dtype.itemsize
-            entries[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-            self.offsets[name], at = at, end
-        text = json.dumps(entries).encode()
-        text += b" " * (-len(text) % 8)
-        self.offsets = {name: offset + 8 + len(text) for name, offset in self.offsets.items()}
-        return struct.pack("<Q", len(text)) + text
+        tensors = {
+            name: Described(name, SAFETENSORS_DTYPES[dtype], shape) for name, (shape, dtype) in self.weights.items()
+        }
+        raw, self.offsets = make_header(tensors, {"format": "pt"})
+        return raw
 
 
 def boxes_of(state: Mapping[str, Tensor]) -> list[dict[str, Box]]:
@@ -93,9 +85,7 @@ def boxes_of(state: Mapping[str, Tensor]) -> list[dict[str, Box]]:
         sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         if not any(copies) and all(sizes):
             mine[name] = (tuple(offsets), tuple(sizes))
-    boxes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(boxes, mine)
-    return boxes
+    return gather(mine)
 
 
 def plan(groups: list[Group], shapes: Shapes, boxes: list[dict[str, Box]], writers: list[int]) -> list[Unit]:
@@ -178,7 +168,7 @@ def write(
     try:
         for file in files:
             opened[file.path] = os.open(file.path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666)
-            _write_at(opened[file.path], file.header(), 0)
+            write_all(opened[file.path], memoryview(file.header()), 0)
             place |= {name: (opened[file.path], offset) for name, offset in file.offsets.items()}
     except OSError as error:
         problem = error
@@ -286,13 +276,7 @@ def _write_unit(
         skipped = start * math.prod(shape[1:]) * dtype.itemsize if is_slice else 0
         content = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
         buffer: Any = content.numpy()
-        _write_at(descriptor, memoryview(buffer), offset + skipped)
-
-
-def _write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
-    while len(content):
-        written = os.pwrite(descriptor, content, offset)
-        content, offset = content[written:], offset + written
+        write_all(descriptor, memoryview(buffer), offset + skipped)
 
 
 def _num_bytes(described: tuple[torch.Size, torch.dtype]) -> int:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from moe_accel.dispatch import deepep, topology
 from moe_accel.dispatch.alltoall import AllToAll
 from moe_accel.errors import ConfigError, DependencyError
+from moe_accel.ranks import gather
 from moe_accel.report import Choice
 
 ONE_HOST = (2, 4, 8)
@@ -87,7 +88,7 @@ def choose(asked: str, group: Any, traffic: Traffic, device: torch.device) -> Ch
     hosts, link = _looked_at(group, device)
     if problem is None:
         problem = "; ".join(misfits(hosts, traffic)) or _objection(link, asked)
-    problem = next(filter(None, topology.gather(problem)), None)  # of any rank of the job, the first one's
+    problem = next(filter(None, gather(problem)), None)  # of any rank of the job, the first one's
     if problem is None:
         problem = _opened(group, traffic)
     if asked == "deepep":
@@ -96,7 +97,7 @@ def choose(asked: str, group: Any, traffic: Traffic, device: torch.device) -> Ch
         return Choice("deepep", f"asked for: {deepep.implementation()}, {_told(hosts, link)}")
     if problem is not None:
         return Choice("alltoall", f"auto: {problem}")
-    if max(topology.gather(len(set(hosts)))) > 1:
+    if max(gather(len(set(hosts)))) > 1:
         return Choice("deepep", f"auto: {_told(hosts, link)}")
     return _measured(group, traffic, device, _told(hosts, link))
 
@@ -133,7 +134,7 @@ def misfits(hosts: list[str], traffic: Traffic) -> list[str]:
 def _looked_at(group: Any, device: torch.device) -> tuple[list[str], str]:
     """Host of each rank of the group, and the worst link between two of its GPUs on one host."""
     found = topology.places(group, device)
-    links = topology.gather(topology.worst_link(found[dist.get_rank(group)], found), group)
+    links = gather(topology.worst_link(found[dist.get_rank(group)], found), group)
     return [place.host for place in found], min(links, key=topology.LINKS.index)
 
 
@@ -159,14 +160,14 @@ def _opened(group: Any, traffic: Traffic) -> str | None:
         )
     except (RuntimeError, AssertionError) as error:
         problem = f"its buffer cannot be made: {(str(error).strip() or repr(error)).splitlines()[0]}"
-    return next(filter(None, topology.gather(problem)), None)
+    return next(filter(None, gather(problem)), None)
 
 
 def _measured(group: Any, traffic: Traffic, device: torch.device, told: str) -> Choice:
     """The faster one of both, by round trips of made-up tokens."""
     num_local = traffic.num_experts // dist.get_world_size(group)
     candidates = [AllToAll(group, num_local), deepep.DeepEP(group, num_local)]
-    of_ranks = topology.gather([round_trip_ms(each, traffic, device) for each in candidates])
+    of_ranks = gather([round_trip_ms(each, traffic, device) for each in candidates])
     alltoall_ms, deepep_ms = map(max, zip(*of_ranks, strict=True))
     numbers = f"{TOKENS} tokens {traffic}, there and back and their gradients"
     reason = f"auto: {numbers}: deepep {deepep_ms:.2f} ms, alltoall {alltoall_ms:.2f} ms on the slowest rank; {told}"

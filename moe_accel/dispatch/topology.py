@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from moe_accel.ranks import gather
 
 LINKS = ("one GPU", "no peer access", "PCIe", "unknown", "peer access", "NVLink")
 """Between two GPUs of a host, the worst first."""
@@ -38,13 +39,6 @@ def places(group: Any, device: torch.device) -> list[Place]:
     index = torch.cuda.current_device() if device.index is None else device.index
     mine = Place(socket.gethostname(), f"GPU-{torch.cuda.get_device_properties(index).uuid}", index)
     return gather(mine, group)
-
-
-def gather(value: Any, group: Any = None) -> list[Any]:
-    """An object of every rank. A collective call."""
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, value, group=group)
-    return found
 
 
 def worst_link(mine: Place, others: Sequence[Place]) -> str:

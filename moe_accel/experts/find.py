@@ -41,6 +41,11 @@ def find_experts(model: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether any module of the model is an experts module that can be replaced; raises nothing."""
+    return any(is_decorated(module) for module in model.modules())
+
+
 def is_decorated(module: nn.Module) -> bool:
     """Whether the module's class has transformers' `@use_experts_implementation`."""
     return hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "num_experts")

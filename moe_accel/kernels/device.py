@@ -29,10 +29,10 @@ except ImportError:
     tl: Any = triton
 
 HAS_TRITON = hasattr(triton, "compile")
-LAUNCHES_COMPILED = getattr(triton, "__version__", "").startswith("3.6.") and os.environ.get("TRITON_INTERPRET") != "1"
-"""Whether compiled kernels are launched as Triton 3.6 does it itself; other versions launch them the ordinary way."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Read once: Triton reads it when a kernel is defined."""
+LAUNCHES_COMPILED = getattr(triton, "__version__", "").startswith("3.6.") and not INTERPRETED
+"""Whether compiled kernels are launched as Triton 3.6 does it itself; other versions launch them the ordinary way."""
 
 
 def use_triton(values: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_accel.kernels.device import launch, tl, triton, use_triton
+from moe_accel.kernels.more import load_with_more, more_or, with_more
 
 COLUMNS = 1024  # of a tile
 
@@ -20,7 +21,7 @@ def squared_relu(u: Tensor, weight: Tensor, u_more: Tensor | None = None) -> Ten
     if not use_triton(u):
         return squared_relu_torch(u, weight, u_more)
     u, out = u.contiguous(), torch.empty_like(u, memory_format=torch.contiguous_format)
-    tensors = u, _or(u_more, u), weight.contiguous(), out
+    tensors = u, more_or(u_more, u), weight.contiguous(), out
     launch(_forward_kernel, (u.shape[0],), *tensors, HAS_MORE=u_more is not None, inner=u.shape[1], COLUMNS=COLUMNS)
     return out
 
@@ -45,20 +46,16 @@ def squared_relu_backward(
     num_rows, inner = gradient.shape
     gradient, u, weight = gradient.contiguous(), u.contiguous(), weight.contiguous()
     u_grad, weight_grad, out = torch.empty_like(u), torch.empty_like(weight), torch.empty_like(gradient)
-    tensors = gradient, _or(gradient_more, gradient), u, _or(u_more, u), weight, u_grad, weight_grad, out
+    tensors = gradient, more_or(gradient_more, gradient), u, more_or(u_more, u), weight, u_grad, weight_grad, out
     has = {"HAS_GRADIENT_MORE": gradient_more is not None, "HAS_MORE": u_more is not None}
     launch(_backward_kernel, (num_rows,), *tensors, **has, inner=inner, COLUMNS=COLUMNS)
     return u_grad, weight_grad, out
 
 
-def _or(more: Tensor | None, instead: Tensor) -> Tensor:
-    return instead if more is None else more.contiguous()
-
-
 def squared_relu_torch(u: Tensor, weight: Tensor, u_more: Tensor | None = None) -> Tensor:
     """The definition of `squared_relu`."""
     exact = torch.promote_types(u.dtype, torch.float32)
-    return (_sum(u, u_more, exact).relu().square() * weight.to(exact)[:, None]).to(u.dtype)
+    return (with_more(u, u_more, exact).relu().square() * weight.to(exact)[:, None]).to(u.dtype)
 
 
 def squared_relu_backward_torch(
@@ -66,23 +63,11 @@ def squared_relu_backward_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of `squared_relu_backward`."""
     exact = torch.promote_types(u.dtype, torch.float32)
-    positive, scale = _sum(u, u_more, exact).relu(), weight.to(exact)[:, None]
-    gradient = _sum(gradient, gradient_more, exact)
+    positive, scale = with_more(u, u_more, exact).relu(), weight.to(exact)[:, None]
+    gradient = with_more(gradient, gradient_more, exact)
     square = positive.square()
     u_grad = (gradient * scale * 2 * positive).to(u.dtype)
     return u_grad, (gradient * square).sum(1).to(weight.dtype), (square * scale).to(u.dtype)
-
-
-def _sum(values: Tensor, more: Tensor | None, exact: torch.dtype) -> Tensor:
-    return values.to(exact) if more is None else values.to(exact) + more.to(exact)
-
-
-@triton.jit
-def _load(values, more, at, inside, HAS_MORE: tl.constexpr):
-    found = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_MORE:
-        found += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
-    return found
 
 
 @triton.jit
@@ -92,7 +77,7 @@ def _forward_kernel(u, u_more, weight, out, HAS_MORE: tl.constexpr, inner: tl.co
     for first in range(0, inner, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = column < inner
-        value = _load(u, u_more, row * inner + column, inside, HAS_MORE)
+        value = load_with_more(u, u_more, row * inner + column, inside, HAS_MORE)
         positive = tl.where(value < 0, 0.0, value)  # keeps a NaN, as relu does
         tl.store(out + row * inner + column, (positive * positive * scale).to(out.dtype.element_ty), mask=inside)
 
@@ -119,8 +104,8 @@ def _backward_kernel(
         column = first + tl.arange(0, COLUMNS)
         inside = column < inner
         at = row * inner + column
-        value = _load(u, u_more, at, inside, HAS_MORE)
-        of_out = _load(gradient, gradient_more, at, inside, HAS_GRADIENT_MORE)
+        value = load_with_more(u, u_more, at, inside, HAS_MORE)
+        of_out = load_with_more(gradient, gradient_more, at, inside, HAS_GRADIENT_MORE)
         positive = tl.where(value < 0, 0.0, value)
         square = positive * positive
         total += of_out * square

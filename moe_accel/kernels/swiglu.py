@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_accel.kernels.device import launch, tl, triton, use_triton
+from moe_accel.kernels.more import load_with_more, more_or, with_more
 
 COLUMNS = 1024  # of a tile
 
@@ -27,7 +28,7 @@ def swiglu(u: Tensor, weight: Tensor, u_more: Tensor | None = None) -> Tensor:
         return swiglu_torch(u, weight, u_more)
     num_rows, inner = u.shape[0], u.shape[1] // 2
     out = u.new_empty(num_rows, inner)
-    tensors = u.contiguous(), _or(u_more, u), weight.contiguous(), out
+    tensors = u.contiguous(), more_or(u_more, u), weight.contiguous(), out
     launch(_forward_kernel, (num_rows,), *tensors, HAS_MORE=u_more is not None, inner=inner, COLUMNS=COLUMNS)
     return out
 
@@ -52,20 +53,16 @@ def swiglu_backward(
     num_rows, inner = gradient.shape
     gradient, u, weight = gradient.contiguous(), u.contiguous(), weight.contiguous()
     u_grad, weight_grad, out = torch.empty_like(u), torch.empty_like(weight), torch.empty_like(gradient)
-    tensors = gradient, _or(gradient_more, gradient), u, _or(u_more, u), weight, u_grad, weight_grad, out
+    tensors = gradient, more_or(gradient_more, gradient), u, more_or(u_more, u), weight, u_grad, weight_grad, out
     has = {"HAS_GRADIENT_MORE": gradient_more is not None, "HAS_MORE": u_more is not None}
     launch(_backward_kernel, (num_rows,), *tensors, **has, inner=inner, COLUMNS=COLUMNS)
     return u_grad, weight_grad, out
 
 
-def _or(more: Tensor | None, instead: Tensor) -> Tensor:
-    return instead if more is None else more.contiguous()
-
-
 def swiglu_torch(u: Tensor, weight: Tensor, u_more: Tensor | None = None) -> Tensor:
     """The definition of `swiglu`."""
     exact = torch.promote_types(u.dtype, torch.float32)
-    gate, up = _sum(u, u_more, exact).chunk(2, 1)
+    gate, up = with_more(u, u_more, exact).chunk(2, 1)
     return (gate * gate.sigmoid() * up * weight.to(exact)[:, None]).to(u.dtype)
 
 
@@ -74,26 +71,14 @@ def swiglu_backward_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of `swiglu_backward`."""
     exact = torch.promote_types(u.dtype, torch.float32)
-    (gate, up), scale = _sum(u, u_more, exact).chunk(2, 1), weight.to(exact)[:, None]
-    gradient = _sum(gradient, gradient_more, exact)
+    (gate, up), scale = with_more(u, u_more, exact).chunk(2, 1), weight.to(exact)[:, None]
+    gradient = with_more(gradient, gradient_more, exact)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
     weighted = gradient * scale
     gate_grad = weighted * up * sigmoid * (1 + gate * (1 - sigmoid))
     u_grad = torch.cat([gate_grad, weighted * silu], 1).to(u.dtype)
     return u_grad, (gradient * silu * up).sum(1).to(weight.dtype), (silu * up * scale).to(u.dtype)
-
-
-def _sum(values: Tensor, more: Tensor | None, exact: torch.dtype) -> Tensor:
-    return values.to(exact) if more is None else values.to(exact) + more.to(exact)
-
-
-@triton.jit
-def _load(values, more, at, inside, HAS_MORE: tl.constexpr):
-    found = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_MORE:
-        found += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
-    return found
 
 
 @triton.jit
@@ -103,8 +88,8 @@ def _forward_kernel(u, u_more, weight, out, HAS_MORE: tl.constexpr, inner: tl.co
     for first in range(0, inner, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = column < inner
-        gate = _load(u, u_more, row * 2 * inner + column, inside, HAS_MORE)
-        up = _load(u, u_more, row * 2 * inner + inner + column, inside, HAS_MORE)
+        gate = load_with_more(u, u_more, row * 2 * inner + column, inside, HAS_MORE)
+        up = load_with_more(u, u_more, row * 2 * inner + inner + column, inside, HAS_MORE)
         value = gate * tl.sigmoid(gate) * up * scale
         tl.store(out + row * inner + column, value.to(out.dtype.element_ty), mask=inside)
 
@@ -130,9 +115,9 @@ def _backward_kernel(
     for first in range(0, inner, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = column < inner
-        gate = _load(u, u_more, row * 2 * inner + column, inside, HAS_MORE)
-        up = _load(u, u_more, row * 2 * inner + inner + column, inside, HAS_MORE)
-        of_out = _load(gradient, gradient_more, row * inner + column, inside, HAS_GRADIENT_MORE)
+        gate = load_with_more(u, u_more, row * 2 * inner + column, inside, HAS_MORE)
+        up = load_with_more(u, u_more, row * 2 * inner + inner + column, inside, HAS_MORE)
+        of_out = load_with_more(gradient, gradient_more, row * inner + column, inside, HAS_GRADIENT_MORE)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         weighted = of_out * scale

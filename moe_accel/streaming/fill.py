@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from tqdm import tqdm
 
 from moe_accel.errors import CheckpointError
+from moe_accel.ranks import gather
 from moe_accel.streaming.pending import Pending, become, materialise, pending_parameters
 from moe_accel.streaming.source import Part, Source, fill, part_jobs, read_whole
 
@@ -37,15 +38,12 @@ def settle(model: nn.Module) -> bool:
     names = [name for name, parameter in model.named_parameters() if isinstance(parameter, Pending)]
     if not _is_distributed():
         return bool(names)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, names)
-    common = set(gathered[0]).intersection(*gathered[1:])
-    if not common:
-        if any(gathered):
-            agree_on_reading(lambda: [materialise(each) for each in _unsettled(model, common)])
+    gathered = gather(names)
+    if not any(gathered):
         return False
+    common = set(gathered[0]).intersection(*gathered[1:])
     agree_on_reading(lambda: [materialise(each) for each in _unsettled(model, common)])
-    return True
+    return bool(common)
 
 
 def _unsettled(model: nn.Module, common: set[str]) -> list[Pending]:
@@ -66,9 +64,7 @@ def agree_on_reading(read: Any) -> None:
         if not _is_distributed():
             raise
     if _is_distributed():
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, failed)
-        for rank, each in enumerate(gathered):
+        for rank, each in enumerate(gather(failed)):
             if each is not None:
                 raise CheckpointError(f"rank {rank}: {each[0]}", each[1])
 

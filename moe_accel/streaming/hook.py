@@ -5,7 +5,6 @@ is only handed tensors that have sources instead of values. So there is nothing 
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,8 +16,9 @@ from transformers import PreTrainedModel
 
 from moe_accel.config import ENV_VAR
 from moe_accel.errors import CheckpointError
-from moe_accel.experts.find import is_decorated
+from moe_accel.experts.find import has_experts
 from moe_accel.hooks import lazily, wrap
+from moe_accel.ranks import tell
 from moe_accel.streaming.pending import Pending, materialise, pending_parameters
 from moe_accel.streaming.source import Leaf, open_sources
 
@@ -90,7 +90,7 @@ def load(
         if reason is None:
             _read_buffers(model)
             return loaded
-    _say(f"moe-accel: {type(model).__name__} is loaded whole on every rank: {reason}")
+    tell(f"{type(model).__name__} is loaded whole on every rank: {reason}")
     return original(*given, expected_keys)
 
 
@@ -108,11 +108,6 @@ def finalize(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
 
 LOADING = {"_load_pretrained_model": load, "_finalize_model_loading": finalize}
 """The two steps of `from_pretrained` that are replaced; the same in transformers 5.17 and 5.24."""
-
-
-def has_experts(model: nn.Module) -> bool:
-    """Whether any module of the model is an experts module that can be replaced."""
-    return any(is_decorated(module) for module in model.modules())
 
 
 def check_index(sources: dict[str, Leaf], files: list[Any], metadata: Any) -> None:
@@ -154,8 +149,3 @@ def _read_buffers(model: nn.Module) -> None:
         for buffer in module._buffers.values():
             if isinstance(buffer, Pending):
                 materialise(buffer)
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_accel.convert.dtypes import TORCH_DTYPES
 from moe_accel.convert.headers import read_header
 from moe_accel.errors import CheckpointError
 
@@ -36,21 +37,6 @@ FEW_BYTES = 1 << 20
 """Less than this is read without threads."""
 
 NUM_THREADS = 8
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 class Job(NamedTuple):
@@ -251,9 +237,9 @@ def open_sources(files: Iterable[str | Path]) -> dict[str, Leaf]:
         if os.fstat(opened.descriptor).st_size != header.file_bytes:
             raise CheckpointError(f"{file} changed while it was opened")
         for name, tensor in header.tensors.items():
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in TORCH_DTYPES:
                 raise CheckpointError(f"{file}: tensor {name!r} has the dtype {tensor.dtype}, which is not supported")
-            found[name] = Leaf(opened, name, header.starts[name], tensor.shape, DTYPES[tensor.dtype])
+            found[name] = Leaf(opened, name, header.starts[name], tensor.shape, TORCH_DTYPES[tensor.dtype])
     return found
 
 

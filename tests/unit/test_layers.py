@@ -19,7 +19,7 @@ PACKAGE = Path(moe_accel.__file__).parent
 LAYERS = [
     {"version", "errors"},
     {"config", "hooks", "versions", "report", "swap"},
-    {"mesh", "kernels", "cpu", "environment"},
+    {"mesh", "kernels", "cpu", "environment", "ranks"},
     {"dispatch", "convert"},
     {"experts", "adapters"},
     {"block", "kept", "lora", "loss", "shard", "checkpoint", "streaming", "metrics", "estimate"},
