@@ -52,7 +52,7 @@ def test_help_is_quick_imports_no_torch_and_shows_two_examples(command):
         after = os.times()
         seconds.append(after.children_user - before.children_user)
         assert (done.returncode, done.stderr) == (0, "[]\n")
-    assert done.stdout.count(f"moe-accel {command} ") == 2, "two examples"
+    assert done.stdout.count(f"\n moe-accel {command} ") == 2, "two examples"
     assert min(seconds) < 0.5
 
 
