@@ -148,7 +148,9 @@ def test_accelerate_launch_and_torchrun_run_the_same_job_from_the_same_file(job)
     ("launcher", "script"),
     [
         ([BIN / "moe-accel", "launch"], ["train.py", "--config", "own.yaml"]),
-        ([sys.executable, "-m", "moe_accel.launch"], ["-m", "train", "--config", "own.yaml"]),
+        pytest.param(
+            [sys.executable, "-m", "moe_accel.launch"], ["-m", "train", "--config", "own.yaml"], marks=pytest.mark.slow
+        ),
     ],
     ids=["command", "module"],
 )

@@ -269,10 +269,19 @@ JOBS = {
     "checkpointing-skewed": (SKEWED, 4, {"gradient_checkpointing": "non-reentrant"}),
     "checkpointing-an-empty-rank": (NO_TOKENS, 4, {"gradient_checkpointing": "non-reentrant"}),
 }
+WITH_ELASTIC = {"4-ranks-in-2-groups", "an-empty-rank", "accumulate", "checkpointing", "checkpointing-skewed"}
+"""The default run tries these with ElasticBuffer and the others with Buffer; the rest is `slow`."""
 
 
-@both
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, id=f"{name}-{kind}", marks=() if quick else pytest.mark.slow)
+        for name in JOBS
+        for kind in KINDS
+        for quick in [(name in WITH_ELASTIC) == (kind == "elastic")]
+    ],
+)
 def test_training_is_that_with_all_to_all_bit_for_bit(kind, name):
     """Losses of all steps, gradients of the first, norms, and the weights after the last."""
     job, ep_size, how = JOBS[name]

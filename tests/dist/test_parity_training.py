@@ -7,7 +7,7 @@ import pytest
 from tests.dist.parity import assert_same_training, train_on_ranks
 from tests.dist.training import Job, reference
 
-BOTH = pytest.mark.parametrize("ep_size", [2, 4], ids=["ep2", "ep4"])
+BOTH = pytest.mark.parametrize("ep_size", [2, pytest.param(4, marks=pytest.mark.slow)], ids=["ep2", "ep4"])
 
 FREE = Job()
 ACCUMULATE = Job(accumulate=2)
@@ -52,7 +52,7 @@ def test_on_three_ranks():
 
 
 @pytest.mark.parametrize("trainable", ["experts", "self_attn", "layers.1", "lm_head"])
-@pytest.mark.parametrize("recompute", ["false", "true"], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("recompute", ["true", pytest.param("false", marks=pytest.mark.slow)], ids=["checkpointing", "plain"])
 def test_with_everything_else_frozen(trainable, recompute):
     assert_parity(Job(trainable=trainable), 2, {"FSDP_ACTIVATION_CHECKPOINTING": recompute})
 
@@ -125,7 +125,7 @@ def test_with_fsdp_activation_checkpointing_and_accumulation():
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-@pytest.mark.parametrize("ep_size", [1, 2, 4], ids=["ep1", "ep2", "ep4"])
+@pytest.mark.parametrize("ep_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ram_efficient_loading_takes_weights_and_buffers_from_rank_0_alone(family, ep_size):
     """Every other rank holds NaN everywhere, in DeepSeek-V3's correction bias too."""
     assert_parity(Job(family), ep_size, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, garbage=True)
@@ -169,7 +169,7 @@ WITH_LORA = Job(lora=LORA)
 LORA_EMPTY_EXPERTS = dataclasses.replace(EMPTY_EXPERTS, lora=LORA)
 
 
-@pytest.mark.parametrize("ep_size", [1, 2, 4], ids=["ep1", "ep2", "ep4"])
+@pytest.mark.parametrize("ep_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)], ids=["ep1", "ep2", "ep4"])
 @pytest.mark.parametrize("recompute", ["false", "true"], ids=["plain", "checkpointing"])
 def test_with_peft_adapters_on_the_experts(ep_size, recompute):
     """Against PEFT's own computation in one process."""

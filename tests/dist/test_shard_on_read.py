@@ -114,11 +114,13 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("ep_size", "ram_efficient", "families", "kind_names"),
     [
-        pytest.param(2, "false", FAMILIES, ["hub", "stacked"], id="ep2"),
-        pytest.param(2, "false", FAMILIES[:3], ["tied"], id="ep2-tied"),
-        pytest.param(4, "false", FAMILIES[:4], ["hub"], id="ep4"),
-        pytest.param(1, "false", FAMILIES[:3], ["stacked"], id="ep1"),
-        pytest.param(2, "true", FAMILIES[:3], ["hub"], id="ep2-ram_efficient"),
+        pytest.param(2, "false", FAMILIES, ["hub", "stacked"], id="ep2-all", marks=pytest.mark.slow),
+        pytest.param(2, "false", FAMILIES[:5], ["hub"], id="ep2"),
+        pytest.param(2, "false", FAMILIES[:1], ["stacked", "tied"], id="ep2-tied"),
+        pytest.param(2, "false", FAMILIES[:3], ["tied"], id="ep2-tied-more", marks=pytest.mark.slow),
+        pytest.param(4, "false", FAMILIES[:4], ["hub"], id="ep4", marks=pytest.mark.slow),
+        pytest.param(1, "false", FAMILIES[:3], ["stacked"], id="ep1", marks=pytest.mark.slow),
+        pytest.param(2, "true", FAMILIES[:2], ["hub"], id="ep2-ram_efficient"),
     ],
 )
 def test_every_weight_buffer_and_loss_is_that_of_plain_transformers(

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_accel.bench import arms, table
-from moe_accel.bench.options import ARMS, ROUTINGS, SUITES, Case, Options
+from moe_accel.bench.options import ARMS, ROUTINGS, Case, Options
 from moe_accel.bench.run import per_layer, run
 from moe_accel.bench.shapes import SHAPES
 from moe_accel.errors import ConfigError, DependencyError
@@ -55,7 +55,7 @@ def write_peer(folder, code):
     return str(file)
 
 
-@pytest.fixture(scope="module", params=SUITES)
+@pytest.fixture(scope="module", params=["kernel", pytest.param("full", marks=pytest.mark.slow), "lora"])
 def report(request, tmp_path_factory):
     """Of one suite: native, moe_accel and a peer that is wrong."""
     suite = request.param
