@@ -11,6 +11,7 @@ No collective runs while files are read. A rank that cannot read tells the other
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from moe_accel.errors import CheckpointError
 from moe_accel.ranks import gather
 from moe_accel.streaming.pending import Pending, become, materialise, pending_parameters
-from moe_accel.streaming.source import Part, Source, fill, part_jobs, read_whole
+from moe_accel.streaming.source import Job, Part, Source, fill, num_bytes_of, part_jobs, whole_jobs
 
 Sources = dict[tuple[nn.Module, str], Source]
 """By the module and the name under which it has the parameter."""
@@ -101,11 +102,13 @@ def by_shards(model: nn.Module, accelerator: Any) -> Iterator[None]:
 def read_onto(model: nn.Module, device: torch.device) -> None:
     """Read every pending parameter, whole, onto a device."""
     found = {id(each): each for _, _, each in pending_parameters(model)}
-    with _bar(sum(each.numel() * each.element_size() for each in found.values()), is_main=True) as bar:
-        for parameter in found.values():
-            num_bytes = parameter.numel() * parameter.element_size()
-            become(parameter, read_whole(parameter.source, device))
-            bar.update(num_bytes)
+    values = [torch.empty(each.shape, dtype=each.source.dtype, device=device) for each in found.values()]
+    both = zip(found.values(), values, strict=True)
+    jobs = list(chain.from_iterable(whole_jobs(each.source, value) for each, value in both))
+    with _bar(sum(map(num_bytes_of, jobs)), is_main=True) as bar:
+        fill(jobs, bar.update)
+    for parameter, value in zip(found.values(), values, strict=True):
+        become(parameter, value)
 
 
 def _bar(num_bytes: int, is_main: bool) -> Any:
@@ -142,32 +145,31 @@ def fill_shards(taken: Sources, accelerator: Any) -> None:
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old one is kept, so that its id stays its own
     places = [(module, name, module._parameters[name], source) for (module, name), source in taken.items()]
 
+    jobs: list[Job] = []
+    for module, name, old, source in places:
+        if old is None:
+            continue
+        if id(old) not in made:
+            made[id(old)] = (old, _with_memory(old, device))
+            jobs += part_jobs(source, local_part(old), _local(made[id(old)][1]))
+        module._parameters[name] = made[id(old)][1]
+
     def read() -> None:
-        local_bytes = sum(_local(old).numel() * old.element_size() for *_, old, _ in places if old is not None)
-        with _bar(local_bytes, accelerator.is_main_process) as bar:
-            for module, name, old, source in places:
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    made[id(old)] = (old, _filled(old, source, device))
-                    bar.update(_local(old).numel() * old.element_size())
-                module._parameters[name] = made[id(old)][1]
+        with _bar(sum(map(num_bytes_of, jobs)), accelerator.is_main_process) as bar:
+            fill(jobs, bar.update)
 
     agree_on_reading(read)
 
 
-def _filled(old: nn.Parameter, source: Source, device: torch.device) -> nn.Parameter:
-    """`old`, a parameter on the meta device, with the values of `source` on `device`."""
+def _with_memory(old: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """`old`, a parameter on the meta device, on `device`; its values are not set yet."""
     local = _local(old)
-    out = torch.empty(local.shape, dtype=local.dtype, device=device)
-    part = local_part(old)
-    shape = tuple(stop - start for start, stop in part)
-    assert shape == tuple(local.shape) or not out.numel(), f"part {part} of {old.shape} is not a shard {local.shape}"
-    fill(part_jobs(source, part, out))
-    value: Tensor = out
+    value: Tensor = torch.empty(local.shape, dtype=local.dtype, device=device)
+    shape = tuple(stop - start for start, stop in local_part(old))
+    assert shape == tuple(local.shape) or not value.numel(), f"{local_part(old)} of {old.shape} is no {local.shape}"
     if isinstance(old, DTensor):
         value = DTensor.from_local(
-            out, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+            value, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
         )
     return nn.Parameter(value, requires_grad=old.requires_grad)
 

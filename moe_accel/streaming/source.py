@@ -270,7 +270,7 @@ def fill(jobs: Iterable[Job], done: Callable[[int], Any] | None = None) -> None:
     """
     all_jobs = list(jobs)
     reads = [job for job in all_jobs if not isinstance(job.source, Call)]
-    if sum(map(_num_bytes, reads)) > FEW_BYTES:
+    if sum(map(num_bytes_of, reads)) > FEW_BYTES:
         with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="moe_accel_read") as threads:
             for num_bytes in threads.map(_do, reads):
                 if done is not None:
@@ -285,10 +285,11 @@ def fill(jobs: Iterable[Job], done: Callable[[int], Any] | None = None) -> None:
 @torch.no_grad()
 def _do(job: Job) -> int:
     job.source.fill(job.part, job.out, job.casts)
-    return _num_bytes(job)
+    return num_bytes_of(job)
 
 
-def _num_bytes(job: Job) -> int:
+def num_bytes_of(job: Job) -> int:
+    """Bytes of the file that a piece of work stands for, whatever dtype they become."""
     return job.out.numel() * job.source.dtype.itemsize
 
 
