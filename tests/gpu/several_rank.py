@@ -222,7 +222,7 @@ def steps(
     untimed: int,
     timed: int,
 ) -> dict[str, Any]:
-    """Train. Times are medians of the slowest rank, memory is that of the fullest, since the first timed step."""
+    """Train; two norms an untimed step. Times: medians of the slowest rank; memory: of the fullest, in timed steps."""
     losses, norms, whole_ms, without_ms = [], [], [], []
     for number in range(untimed + timed):
         if number == untimed:
@@ -233,7 +233,7 @@ def steps(
         losses.append(forward_backward())
         marks.append(mark(device))
         if number < untimed:
-            norms.append(gradient_norm(model))
+            norms += gradient_norms(model)
         update()
         marks.append(mark(device))
         synchronize(device)
@@ -256,16 +256,18 @@ def rates(found: dict[str, Any], tokens: int) -> dict[str, int]:
     return {name: round(tokens / found[ms] * 1e3) for name, ms in names.items() if ms in found}
 
 
-def gradient_norm(model: nn.Module) -> float:
-    """Of the gradients of all ranks: of a shard only what this rank holds is counted."""
-    square, spread_square = 0.0, 0.0
-    for parameter in model.parameters():
-        if isinstance(parameter.grad, DTensor):
-            local = parameter.grad.to_local()
-            spread_square += torch.linalg.vector_norm(local, dtype=torch.float32).item() ** 2
-        elif parameter.grad is not None:
-            square += torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).item() ** 2
-    return (square + sum(gathered(spread_square))) ** 0.5
+def gradient_norms(model: nn.Module) -> list[float]:
+    """Of all gradients, and of the experts' alone, which hardly show among all: a shard counts on the rank it is on."""
+    own, spread_over = [0.0, 0.0], [0.0, 0.0]
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        spread = isinstance(parameter.grad, DTensor)
+        local = parameter.grad.to_local() if spread else parameter.grad
+        square = torch.linalg.vector_norm(local, dtype=torch.float32).item() ** 2
+        for at in (0, 1) if ".experts." in name else (0,):
+            (spread_over if spread else own)[at] += square
+    return [(mine + sum(all_ranks)) ** 0.5 for mine, *all_ranks in zip(own, *gathered(spread_over), strict=True)]
 
 
 def gathered(value: Any) -> list[Any]:
