@@ -11,30 +11,19 @@ and deep_ep 2.x there EP_DISABLE_GIN=1; everywhere EP_SUPPRESS_NCCL_CHECK=1 CUDA
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from processes import FSDP2, LOSS_TOLERANCE, NORM_TOLERANCE, run_ranks
 
 LIMIT_S = 240
 """Of one set of ranks."""
 
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-}
 SCENARIOS = ("plain", "checkpointing", "skewed")
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-3, 3e-2
-"""Largest relative difference from ep_size 1 in a step: five times what bf16 makes of it (README)."""
 
 ROW_TOLERANCE = 2**-7
 """Of a sum of at most 8 bf16 rows, as a share of the largest: fp32 sums in another order, rounded once."""
@@ -190,35 +179,17 @@ def transport(args: argparse.Namespace, group):
 
 def run_set(args: argparse.Namespace, name: str) -> dict:
     """What rank 0 found, the slowest rank's times, and how the ranks ended."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    kind = {"MOE_ACCEL_DEEPEP": name} if name in ("buffer", "elastic") else {}
+    with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--folder", folder]
-        place = {"WORLD_SIZE": str(args.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        kind = {"MOE_ACCEL_DEEPEP": name} if name in ("buffer", "elastic") else {}
-        ranks, start = [], time.monotonic()
-        for rank in range(args.ranks):
-            env = os.environ | FSDP2 | place | kind | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            output = Path(folder, f"{rank}.txt").open("w")  # noqa: SIM115 the process holds it
-            ranks.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-        while time.monotonic() - start < LIMIT_S and any(each.poll() is None for each in ranks):
-            if any(each.poll() for each in ranks):  # one failed: the others wait for it
-                time.sleep(5)
-                break
-            time.sleep(0.2)
-        codes = [each.poll() for each in ranks]
-        for each in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                each.kill()
-            each.wait()
-        outputs = [Path(folder, f"{rank}.txt").read_text(errors="replace") for rank in range(args.ranks)]
+        ranks = run_ranks(command, args.ranks, FSDP2 | kind, Path(folder), LIMIT_S)
         files = [Path(folder, f"{rank}.json") for rank in range(args.ranks)]
         found = [json.loads(file.read_text()) for file in files if file.exists()]
-    ended = {"exit_codes": codes, "seconds": round(time.monotonic() - start, 1)}
-    ended["leaked"] = sum(LEAK in output for output in outputs)
-    if len(found) < args.ranks or any(codes):
-        print(f"--- {name} failed: exit codes {codes}", *(output[-3000:] for output in outputs), sep="\n", flush=True)
+    ended = {"exit_codes": ranks.codes, "seconds": ranks.seconds}
+    ended["leaked"] = sum(LEAK in output for output in ranks.outputs)
+    if len(found) < args.ranks or any(ranks.codes):
+        said = (output[-3000:] for output in ranks.outputs)
+        print(f"--- {name} failed: exit codes {ranks.codes}", *said, sep="\n", flush=True)
         return ended | {"failed": True}
     result = found[0] | ended
     for key in ("rows", "round_trip_ms"):

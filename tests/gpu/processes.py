@@ -1,0 +1,83 @@
+"""The ranks of one job as processes of their own: started, watched, ended. What the scripts beside this file share.
+
+Needs no torch: whoever starts ranks takes no GPU and no time.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+"""What `accelerate launch` exports for a plain FSDP2 config."""
+
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-3, 3e-2
+"""Largest relative difference of two bf16 trainings in a step: five times what bf16 makes of it (README)."""
+
+LAUNCH = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MOE_ACCEL_CONFIG", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+"""Variables of a launch that this process may be part of; none reaches the ranks."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a set of ranks ended.
+
+    Attributes:
+        codes: exit code of each rank; None where it had to be killed.
+        outputs: what each printed, on both streams.
+        seconds: from the first start to the end of the last.
+    """
+
+    codes: list[int | None]
+    outputs: list[str]
+    seconds: float
+
+
+def run_ranks(
+    command: Sequence[str], num_ranks: int, environment: Mapping[str, str], folder: Path, limit_s: float
+) -> Ended:
+    """Run `command` as `num_ranks` ranks of one host, and wait for their end; one that fails ends all in 5 s.
+
+    Args:
+        command: of each rank.
+        num_ranks: 1 is a process that knows of no others.
+        environment: variables besides those of this process and those that say which rank it is.
+        folder: for what they print, `RANK.txt`.
+        limit_s: seconds after which all are killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH)}
+    ranks, files, start = [], [Path(folder, f"{rank}.txt") for rank in range(num_ranks)], time.monotonic()
+    try:
+        for rank, file in enumerate(files):
+            env = clean | dict(environment)
+            if num_ranks > 1:
+                env |= {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
+            with file.open("w") as output:
+                ranks.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
+        while time.monotonic() - start < limit_s and any(each.poll() is None for each in ranks):
+            if any(each.poll() for each in ranks):  # the others wait for it
+                time.sleep(5)
+                break
+            time.sleep(0.2)
+        codes = [each.poll() for each in ranks]
+    finally:
+        for each in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                each.kill()
+            each.wait()
+    outputs = [file.read_text(errors="replace") for file in files]
+    return Ended(codes, outputs, round(time.monotonic() - start, 1))

@@ -1,0 +1,392 @@
+"""One rank of a case of `several.py`: `python -m tests.gpu.several_rank JOB.json`.
+
+Writes what it found into the job's folder, `RANK.json`, after every part, so that a rank that dies leaves the parts
+before. The model is that of `moe-accel bench`: random weights that depend on a parameter's name alone, so that every
+arm has the same ones, however it spreads them and whichever transformers it has.
+"""
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe_accel.bench import flops, routing, suites
+from moe_accel.bench.options import Case
+from moe_accel.bench.shapes import SHAPES
+from tests.dist.load_memory import peak_bytes, write_checkpoint
+
+GIB = 2**30
+
+
+class Skip(Exception):
+    """The arm cannot be had here; says why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank is to do: a `several_cases.Case`, and how.
+
+    Attributes:
+        kind, arm, gpus, batch, layers: of the case; `write` is a kind, too: the checkpoint of the loading cases.
+        shape: of `moe-accel bench`.
+        sequence: tokens a sequence.
+        warmup, steps: of a timed training; a parity training has `steps` in all.
+        device: `cuda` or `cpu`.
+        folder: where `RANK.json` goes.
+        checkpoint: of the loading cases; beside it is saved.
+    """
+
+    kind: str
+    arm: str
+    gpus: int
+    batch: int
+    layers: int
+    shape: str
+    sequence: int
+    warmup: int
+    steps: int
+    device: str
+    folder: str
+    checkpoint: str
+
+
+def main(path: str) -> None:
+    """Do the job in the file, and leave without exit handlers, which wait for ranks that may have died."""
+    given = json.loads(Path(path).read_text())
+    job = Job(**{field.name: given[field.name] for field in fields(Job)})
+    file = Path(job.folder, f"{os.environ.get('RANK', '0')}.json")
+    found: dict[str, Any] = {"parts": []}
+    try:
+        for part in {"write": write, "load": load_and_save}.get(job.kind, train)(job):
+            found |= {"parts": [*found["parts"], part]} | about(job)
+            file.write_text(json.dumps(found))
+    except Exception as error:
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+        full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+        status = "skipped" if isinstance(error, Skip) else "out of memory" if full else "failed"
+        found |= about(job) | {"status": status, "reason": str(error) if isinstance(error, Skip) else text}
+    else:
+        found["status"] = "ok"
+        if dist.is_initialized():
+            dist.barrier()
+    file.write_text(json.dumps(found))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(found["status"] == "failed" or found["status"] == "out of memory")
+
+
+def about(job: Job) -> dict[str, str]:
+    """What the numbers are of."""
+    import transformers
+
+    name = torch.cuda.get_device_name() if job.device == "cuda" else "cpu"
+    return {"gpu": name, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+# ---- training
+
+
+def train(job: Job) -> Iterator[dict[str, Any]]:
+    """One part for each routing: losses, gradient norms of the untimed steps, times and memory of the others."""
+    device = own_device(job)
+    check_arm(job)
+    suite = "lora" if job.kind == "lora" else "full"
+    case = Case(suite, job.shape, "random", job.layers, job.batch * job.sequence, job.sequence)
+    model = suites.build(case, device, torch.bfloat16 if device.type == "cuda" else torch.float32, 16, False)
+    vocabulary = model.config.vocab_size
+    block, experts = next(routing.experts_children(model))
+    top_k, num_experts = flops.top_k(block), flops.stack(experts).num_experts
+    model, optimizer, said = spread(job, model)
+    gc.collect()  # the parts of the whole model that other ranks have
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    ranks = range(job.gpus) if job.arm == "one" else [int(os.environ.get("RANK", "0"))]
+    batches = [tokens_of(rank, job, vocabulary).to(device) for rank in ranks]
+
+    def forward_backward() -> Tensor:
+        losses = []
+        for tokens in batches:
+            loss = model(input_ids=tokens, labels=tokens).loss / len(batches)
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for kind in ("random",) if job.kind == "parity" else ("random", "balanced"):
+        routing.install(model, kind, case.tokens, top_k, num_experts)
+        timed = 0 if job.kind == "parity" else job.steps
+        found = steps(forward_backward, update, model, device, job.steps if not timed else job.warmup, timed)
+        yield {"routing": kind, "said": said} | found | rates(found, case.tokens)
+
+
+def own_device(job: Job) -> torch.device:
+    """This rank's GPU, made the current one; on the CPU, accelerate is told that FSDP2 is possible."""
+    if job.device == "cpu":
+        from moe_accel.cpu import enable_fsdp_on_cpu
+
+        enable_fsdp_on_cpu()
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def tokens_of(rank: int, job: Job, vocabulary: int) -> Tensor:
+    """The batch of a rank, [batch, sequence], the same in every arm and step."""
+    generator = torch.Generator().manual_seed(1 + rank)
+    return torch.randint(vocabulary, (job.batch, job.sequence), generator=generator)
+
+
+def check_arm(job: Job) -> None:
+    """Leave before there is a model where the arm is known not to work.
+
+    Raises:
+        Skip: with the reason.
+    """
+    if job.arm in ("buffer", "elastic"):
+        if job.device == "cpu":
+            raise Skip("DeepEP needs a GPU")
+        import deep_ep  # pyright: ignore[reportMissingImports]
+
+        name = {"buffer": "Buffer", "elastic": "ElasticBuffer"}[job.arm]
+        if not hasattr(deep_ep, name):
+            raise Skip(f"the deep_ep that is installed has no {name}")
+    if job.arm == "native_ep":
+        distributed_config(job)
+
+
+def distributed_config(job: Job) -> Any:
+    """How transformers is told to spread experts itself."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    if "ep_size" not in {field.name for field in fields(DistributedConfig)}:
+        raise Skip(f"transformers {transformers.__version__} has no all-to-all expert parallelism (5.19 has): --newer")
+    return DistributedConfig(fsdp_size=job.gpus, ep_size=job.gpus)  # pyright: ignore[reportCallIssue]
+
+
+def spread(job: Job, model: Any) -> tuple[Any, Any, str]:
+    """Model and optimizer over the ranks, as the arm does it; and what moe-accel reports."""
+    if job.arm == "native_ep":
+        config = distributed_config(job)
+        _, _, mesh = type(model).prepare_distribute_model(config)
+        model = type(model).maybe_distribute_model(model, config, mesh)
+        return model, suites.adamw(model), ""
+    optimizer = suites.adamw(model)
+    if job.arm == "one" or (job.arm.startswith("stock") and job.gpus == 1):
+        return model, optimizer, ""
+    accelerator = accelerator_of(job)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    from moe_accel.plugin import reports
+
+    return model, optimizer, "\n".join(map(str, reports(accelerator)))
+
+
+def accelerator_of(job: Job) -> Any:
+    """Stock, or with the arm's `MoEConfig`."""
+    from accelerate import Accelerator
+
+    from moe_accel import MoEConfig
+
+    if job.arm.startswith("stock"):
+        accelerator = Accelerator()
+    else:
+        dispatcher = "deepep" if job.arm in ("buffer", "elastic") else "alltoall"
+        config = MoEConfig(ep_size=1 if job.arm == "ep1" else job.gpus, dispatcher=dispatcher)
+        accelerator = Accelerator(parallelism_config=config)
+    if job.gpus > 1 and not (accelerator.is_fsdp2 and accelerator.num_processes == job.gpus):
+        raise RuntimeError(f"not FSDP2 on {job.gpus} ranks: {accelerator.distributed_type}")
+    return accelerator
+
+
+def steps(
+    forward_backward: Callable[[], Tensor],
+    update: Callable[[], None],
+    model: nn.Module,
+    device: torch.device,
+    untimed: int,
+    timed: int,
+) -> dict[str, Any]:
+    """Train; two norms an untimed step. Times: medians of the slowest rank; memory: of the fullest, in timed steps."""
+    losses, norms, whole_ms, without_ms = [], [], [], []
+    for number in range(untimed + timed):
+        if number == untimed:
+            synchronize(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+        marks = [mark(device)]
+        losses.append(forward_backward())
+        marks.append(mark(device))
+        if number < untimed:
+            norms += gradient_norms(model)
+        update()
+        marks.append(mark(device))
+        synchronize(device)
+        if number >= untimed:
+            without_ms.append(between(marks[0], marks[1]))
+            whole_ms.append(between(marks[0], marks[2]))
+    found: dict[str, Any] = {"losses": [mean(loss).item() for loss in losses], "norms": norms, "steps": timed}
+    if timed:
+        peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if device.type == "cuda" else ()
+        own = [statistics.median(whole_ms), statistics.median(without_ms), *(each / GIB for each in peaks)]
+        worst = [max(values) for values in zip(*gathered(own), strict=True)]
+        found |= {"ms": worst[0], "ms_without_optimizer": worst[1], "all_ms": whole_ms}
+        found |= dict(zip(("peak_gib", "peak_reserved_gib"), worst[2:] or (None, None), strict=True))
+    return found
+
+
+def rates(found: dict[str, Any], tokens: int) -> dict[str, int]:
+    """Tokens a second a GPU, with the optimizer in the step and without."""
+    names = {"tok_s": "ms", "tok_s_without_optimizer": "ms_without_optimizer"}
+    return {name: round(tokens / found[ms] * 1e3) for name, ms in names.items() if ms in found}
+
+
+def gradient_norms(model: nn.Module) -> list[float]:
+    """Of all gradients, and of the experts' alone, which hardly show among all: a shard counts on the rank it is on."""
+    own, spread_over = [0.0, 0.0], [0.0, 0.0]
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        spread = isinstance(parameter.grad, DTensor)
+        local = parameter.grad.to_local() if spread else parameter.grad
+        square = torch.linalg.vector_norm(local, dtype=torch.float32).item() ** 2
+        for at in (0, 1) if ".experts." in name else (0,):
+            (spread_over if spread else own)[at] += square
+    return [(mine + sum(all_ranks)) ** 0.5 for mine, *all_ranks in zip(own, *gathered(spread_over), strict=True)]
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` of every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean(loss: Tensor) -> Tensor:
+    """Over the ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return loss
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def mark(device: torch.device) -> Any:
+    """A moment: on the GPU's own clock on a GPU."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    """Milliseconds."""
+    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
+
+
+# ---- loading and saving
+
+
+def write(job: Job) -> Iterator[dict[str, Any]]:
+    """The checkpoint, in the hub's layout."""
+    start = time.perf_counter()
+    sizes = {"tie_word_embeddings": False} | SHAPES[job.shape].values
+    num_bytes = write_checkpoint(Path(job.checkpoint), job.layers, sizes, 4 << 30)
+    yield {"bytes": num_bytes, "write_s": time.perf_counter() - start}
+
+
+def load_and_save(job: Job) -> Iterator[dict[str, Any]]:
+    """Seconds until all ranks have their shards, with the host memory that took; then until all is on the disk.
+
+    Instead of losses, sums over all weights are compared.
+    """
+    device = own_device(job)
+    from transformers import AutoModelForCausalLM
+    from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401 so that its import is not timed
+
+    check_arm(job)
+    native, accelerator, more = job.arm == "native_ep", None, {}
+    if native:
+        config = distributed_config(job)
+        more["distributed_config"] = config
+        from transformers.distributed.utils import initialize_distributed_mesh
+
+        initialize_distributed_mesh(config)  # so that NCCL's start is not timed, as in the other arms
+    else:
+        accelerator = accelerator_of(job)
+    torch.zeros(1, device=device)
+    gathered(None)
+    before, start = peak_bytes(), time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=torch.bfloat16, **more)
+    if accelerator is not None:
+        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    synchronize(device)
+    gathered(None)
+    load_s = time.perf_counter() - start
+    host = max(gathered(peak_bytes() - before))
+    whole = [each.numel() * each.element_size() for each in model.parameters()]
+    part = {"routing": "load", "bytes": sum(whole), "load_s": load_s, "host_gib": host / GIB}
+    part["losses"] = checksums(model)
+
+    out = Path(job.checkpoint).with_name("saved")
+    gathered(None)
+    start = time.perf_counter()
+    if accelerator is None:
+        model.save_pretrained(out, max_shard_size="4GB")
+    elif job.arm.startswith("stock"):
+        weights = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            model.save_pretrained(out, state_dict=weights, max_shard_size="4GB")
+    else:
+        accelerator.save_model(model, out, max_shard_size="4GB")
+    os.sync()
+    gathered(None)
+    part["save_s"] = time.perf_counter() - start
+    if (saved := bytes_in(out)) != sum(whole):
+        raise RuntimeError(f"{saved} bytes of weights were saved of {sum(whole)}")
+    yield part
+
+
+def bytes_in(folder: Path) -> int:
+    """Of weights in a folder's safetensors files, without their headers."""
+    found = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            found += file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+    return found
+
+
+def checksums(model: nn.Module) -> list[float]:
+    """Sum of squares, and of absolutes, over the weights that all ranks hold together."""
+    sums = [0.0, 0.0]
+    for parameter in model.parameters():
+        local = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().double()
+        sums[0] += local.square().sum().item()
+        sums[1] += local.abs().sum().item()
+    return [sum(values) for values in zip(*gathered(sums), strict=True)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
