@@ -20,9 +20,7 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from moe_accel.kernels.device import as_autocast
-from moe_accel.swap import become
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from moe_accel.swap import become, is_bare
 
 
 def install(model: nn.Module, autocasts: bool = False) -> tuple[int, dict[str, int]]:
@@ -115,15 +113,10 @@ def _plain_adapter(layer: Any) -> str | None:
     dropout = layer.lora_dropout[name]
     drops = not isinstance(dropout, nn.Identity) and dropout.training and getattr(dropout, "p", 1) > 0
     parts = layer.lora_A[name], layer.lora_B[name], layer.base_layer
-    bare = all(map(_is_bare, (*parts, dropout))) and not _has_any_global_hook()
+    bare = all(map(is_bare, (*parts, dropout))) and not _has_any_global_hook()
     plain = all(type(part) is nn.Linear for part in parts)
     biased = any(part.bias is not None for part in parts[:2])
     return None if drops or biased or not (bare and plain) else name
-
-
-def _is_bare(part: nn.Module) -> bool:
-    """Whether calling a module calls nothing but its class's forward: no hooks, and no forward set on it alone."""
-    return "forward" not in vars(part) and not any(getattr(part, hooks) for hooks in HOOKS)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:

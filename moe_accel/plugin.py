@@ -28,6 +28,7 @@ from moe_accel.hooks import wrap
 from moe_accel.mesh import check_experts
 from moe_accel.report import Choice, Report, say
 from moe_accel.shard import restore_buffers, shard_experts, without_experts
+from moe_accel.swap import is_bare
 from moe_accel.versions import check_versions
 
 _installed: WeakKeyDictionary[Accelerator, list[Report]] = WeakKeyDictionary()
@@ -156,6 +157,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         num_trainable=sum(count for count, trainable in counts if trainable),
         notes=(
             *experts.told_of_adapters(model, used, adapted),
+            *told_of_hooks(kernels, used),
             *told_of_lora(kernels, model, accelerator.mixed_precision),
             *kept_said,
             *(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),
@@ -218,6 +220,15 @@ def told_of_lora(kernels: Choice, model: nn.Module, precision: str) -> list[str]
     how = f", {rounded} with fp32 adapters multiplied in bf16" if rounded else ""
     said = [f"LoRA on {num_layers} linear layers added into their products{how}"] if num_layers else []
     return said + [f"LoRA on {num} linear layers computed by PEFT in training: {why}" for why, num in reasons.items()]
+
+
+def told_of_hooks(kernels: Choice, found: list[tuple[str, Any]]) -> list[str]:
+    """A line for the report where hooks on activations keep experts from the one function, which calls none."""
+    hooked = [module for _, module in found if not is_bare(getattr(module, "act_fn", None))]
+    if kernels.value == "reference" or not hooked:
+        return []
+    how = "their activation has a hook or a forward of its own, which is called"
+    return [f"experts of {len(hooked)} of {len(found)} layers as separate operations: {how}"]
 
 
 def traffic(found: list[tuple[str, Any]]) -> choose.Traffic:
