@@ -4,6 +4,9 @@ PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling`, six operations of
 and as many gradients. Here the second product is accumulated into the first (`addmm`), forward and backward. Switches,
 parameters and names stay PEFT's; whatever is more than one plain adapter on an `nn.Linear` stays with PEFT.
 
+PEFT makes the adapters of a bf16 model fp32 (`autocast_adapter_dtype`), and without autocast multiplies them in fp32,
+by a copy of x in fp32. Here they are multiplied in bf16, as under autocast; their gradients and updates stay fp32.
+
 Sizes: N rows, r rank.
 """
 
@@ -17,13 +20,15 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from moe_accel.kernels.device import as_autocast
-from moe_accel.swap import become
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from moe_accel.swap import become, is_bare
 
 
-def install(model: nn.Module) -> tuple[int, dict[str, int]]:
+def install(model: nn.Module, autocasts: bool = False) -> tuple[int, dict[str, int]]:
     """Let PEFT's LoRA layers around `nn.Linear` compute with `lora_linear` where they can.
+
+    Args:
+        model: with adapters or without.
+        autocasts: whether it is trained under autocast, which makes all dtypes one.
 
     Returns:
         How many layers do so in training as they are now; and how many stay with PEFT there, by the reason.
@@ -32,12 +37,20 @@ def install(model: nn.Module) -> tuple[int, dict[str, int]]:
     reasons: dict[str, int] = {}
     for layer in layers:
         become(layer, _Fused)
-        if reason := _why_with_peft(layer):
+        if reason := _why_with_peft(layer, autocasts):
             reasons[reason] = reasons.get(reason, 0) + 1
     return len(layers) - sum(reasons.values()), reasons
 
 
-def _why_with_peft(layer: Any) -> str | None:
+def num_rounded(model: nn.Module) -> int:
+    """How many layers multiply fp32 adapters in bf16 where there is no autocast."""
+    layers: list[Any] = [each for each in model.modules() if isinstance(each, _Fused)]
+    in_bf16 = [each for each in layers if each.base_layer.weight.dtype == torch.bfloat16]
+    plain = [each for each in in_bf16 if _why_with_peft(each, False) is None]
+    return sum(next(each.lora_A.parameters()).dtype == torch.float32 for each in plain)
+
+
+def _why_with_peft(layer: Any, autocasts: bool) -> str | None:
     """What a user has chosen that `lora_linear` does not compute in training; None: it computes the layer."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1:
@@ -47,7 +60,21 @@ def _why_with_peft(layer: Any) -> str | None:
         return type(layer.lora_variant[name]).__name__
     if getattr(layer.lora_dropout[name], "p", 0) > 0:
         return "lora_dropout"
-    return "lora_bias" if layer.lora_B[name].bias is not None else None
+    if layer.lora_B[name].bias is not None:
+        return "lora_bias"
+    weight, a, b = (part.weight.dtype for part in (layer.base_layer, layer.lora_A[name], layer.lora_B[name]))
+    if autocasts or _computes(weight, a, b):
+        return None
+    return f"adapters in {_said(a, b)} on weights in {_said(weight)}"
+
+
+def _computes(weight: torch.dtype, a: torch.dtype, b: torch.dtype) -> bool:
+    """Whether `lora_linear` takes these dtypes: all alike, or fp32 adapters on a bf16 weight."""
+    return a == b and (a == weight or (weight, a) == (torch.bfloat16, torch.float32))
+
+
+def _said(*dtypes: torch.dtype) -> str:
+    return " and ".join(sorted({str(each).removeprefix("torch.") for each in dtypes}))
 
 
 def _is_lora_linear(module: nn.Module) -> bool:
@@ -68,9 +95,10 @@ class _Fused(nn.Module):
         base = self.base_layer
         operands = x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight
         x_, weight, a, b = as_autocast(*operands)
-        alike = x_.dtype == weight.dtype == a.dtype == b.dtype
-        if not alike or any(isinstance(each, DTensor) for each in operands):
+        takes = x_.dtype == weight.dtype and _computes(weight.dtype, a.dtype, b.dtype)
+        if not takes or any(isinstance(each, DTensor) for each in operands):
             return super().forward(x)
+        a, b = a.to(x_.dtype), b.to(x_.dtype)
         return lora_linear(x_, weight, base.bias, a, b, self.scaling[name])
 
 
@@ -85,15 +113,10 @@ def _plain_adapter(layer: Any) -> str | None:
     dropout = layer.lora_dropout[name]
     drops = not isinstance(dropout, nn.Identity) and dropout.training and getattr(dropout, "p", 1) > 0
     parts = layer.lora_A[name], layer.lora_B[name], layer.base_layer
-    bare = all(map(_is_bare, (*parts, dropout))) and not _has_any_global_hook()
+    bare = all(map(is_bare, (*parts, dropout))) and not _has_any_global_hook()
     plain = all(type(part) is nn.Linear for part in parts)
     biased = any(part.bias is not None for part in parts[:2])
     return None if drops or biased or not (bare and plain) else name
-
-
-def _is_bare(part: nn.Module) -> bool:
-    """Whether calling a module calls nothing but its class's forward: no hooks, and no forward set on it alone."""
-    return "forward" not in vars(part) and not any(getattr(part, hooks) for hooks in HOOKS)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -28,6 +28,7 @@ from moe_accel.hooks import wrap
 from moe_accel.mesh import check_experts
 from moe_accel.report import Choice, Report, say
 from moe_accel.shard import restore_buffers, shard_experts, without_experts
+from moe_accel.swap import is_bare
 from moe_accel.versions import check_versions
 
 _installed: WeakKeyDictionary[Accelerator, list[Report]] = WeakKeyDictionary()
@@ -139,12 +140,13 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         ep_rank = transport.rank if transport else 0
         settings = experts.Settings(kernels.value, transport, config.ep_size, ep_rank, lean=module in lean)
         experts.install(module, settings)
-    counts = list(experts.expert_parameter_counts(found))
-    sizes = sorted({module.num_experts for _, module in found})
+    used = experts.computing(model, found)
+    counts = list(experts.expert_parameter_counts(used))
+    sizes = sorted({module.num_experts for _, module in used})
     return Report(
         model=type(_unwrapped(model)).__name__,
         mesh=_mesh(accelerator),
-        num_swapped=len(found),
+        num_swapped=len(used),
         experts_classes=", ".join(sorted({type(module).__name__ for _, module in found})),
         num_experts=" or ".join(map(str, sizes)),
         num_local_experts=" or ".join(str(size // config.ep_size) for size in sizes),
@@ -154,8 +156,9 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         num_expert_parameters=sum(count for count, _ in counts),
         num_trainable=sum(count for count, trainable in counts if trainable),
         notes=(
-            *experts.told_of_adapters(model, found, adapted),
-            *told_of_lora(kernels, model),
+            *experts.told_of_adapters(model, used, adapted),
+            *told_of_hooks(kernels, used),
+            *told_of_lora(kernels, model, accelerator.mixed_precision),
             *kept_said,
             *(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),
         ),
@@ -208,13 +211,24 @@ def choose_rest(kernels: Choice, model: nn.Module, accelerator: Accelerator) -> 
     return {"block": block.install(model, accelerator.device), "loss": loss.install(model, precision)}
 
 
-def told_of_lora(kernels: Choice, model: nn.Module) -> list[str]:
+def told_of_lora(kernels: Choice, model: nn.Module, precision: str) -> list[str]:
     """Let LoRA on linear layers be computed in one function, where kernels are not asked to be as transformers has."""
     if kernels.value == "reference":
         return []
-    num_layers, reasons = lora.install(model)
-    said = [f"LoRA on {num_layers} linear layers added into their products"] if num_layers else []
+    num_layers, reasons = lora.install(model, autocasts=precision in ("bf16", "fp16"))
+    rounded = precision == "no" and lora.num_rounded(model)
+    how = f", {rounded} with fp32 adapters multiplied in bf16" if rounded else ""
+    said = [f"LoRA on {num_layers} linear layers added into their products{how}"] if num_layers else []
     return said + [f"LoRA on {num} linear layers computed by PEFT in training: {why}" for why, num in reasons.items()]
+
+
+def told_of_hooks(kernels: Choice, found: list[tuple[str, Any]]) -> list[str]:
+    """A line for the report where hooks on activations keep experts from the one function, which calls none."""
+    hooked = [module for _, module in found if not is_bare(getattr(module, "act_fn", None))]
+    if kernels.value == "reference" or not hooked:
+        return []
+    how = "their activation has a hook or a forward of its own, which is called"
+    return [f"experts of {len(hooked)} of {len(found)} layers as separate operations: {how}"]
 
 
 def traffic(found: list[tuple[str, Any]]) -> choose.Traffic:

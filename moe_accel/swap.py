@@ -8,6 +8,16 @@ as that pair, since nobody can import it.
 from functools import cache
 from typing import Any
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_bare(part: Any) -> bool:
+    """Whether calling a module calls nothing but its class's forward: no hooks, and no forward set on it alone.
+
+    Any other function is bare.
+    """
+    return "forward" not in getattr(part, "__dict__", ()) and not any(getattr(part, hooks, None) for hooks in HOOKS)
+
 
 def become(module: Any, kind: type) -> None:
     """Put the methods of `kind` before those of the module's class; a second call changes nothing."""

@@ -2,13 +2,14 @@
 
 from moe_accel.experts.adapter_config import expert_lora_config, told_of_adapters
 from moe_accel.experts.adapters import install as install_adapters
-from moe_accel.experts.find import expert_parameter_counts, find_experts, has_experts, is_decorated
+from moe_accel.experts.find import computing, expert_parameter_counts, find_experts, has_experts, is_decorated
 from moe_accel.experts.function import NAME, Settings, install, register, settings_of
 from moe_accel.experts.weights import hidden_size, stacked_parameters
 
 __all__ = [
     "NAME",
     "Settings",
+    "computing",
     "expert_lora_config",
     "expert_parameter_counts",
     "find_experts",

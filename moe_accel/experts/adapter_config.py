@@ -145,6 +145,9 @@ def told_of_adapters(model: nn.Module, experts: list[tuple[str, Any]], adapted: 
             f"{frozen[0]}: its adapters are frozen, while other parameters of the model are trained",
             "PeftModel.from_pretrained(..., is_trainable=True), or model.set_adapter(name)",
         )
+    whole = [name for name, _ in experts if ".modules_to_save." in name]
+    if whole:
+        return [f"the experts of {len(whole)} of {len(experts)} layers are trained whole: modules_to_save"]
     if not adapted:
         return ["no adapter on the routed experts; moe_accel.expert_lora_config(model) makes a LoraConfig with them"]
     ranks = {

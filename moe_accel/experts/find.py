@@ -41,6 +41,24 @@ def find_experts(model: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
+def computing(model: nn.Module, experts: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Those of `experts` that compute now: of a module and PEFT's copies of it (`modules_to_save`) only one does."""
+    idle: set[nn.Module] = set()
+    for module in model.modules():
+        if type(module).__name__.removeprefix("FSDP") != "ModulesToSaveWrapper":
+            continue
+        wrapper: Any = module
+        copies = dict(wrapper.modules_to_save.items())
+        active = (
+            () if wrapper.disable_adapters else (copies[name] for name in wrapper.active_adapters if name in copies)
+        )
+        used = next(iter(active), wrapper.original_module)
+        idle |= {
+            each for part in (wrapper.original_module, *copies.values()) if part is not used for each in part.modules()
+        }
+    return [(name, module) for name, module in experts if module not in idle]
+
+
 def has_experts(model: nn.Module) -> bool:
     """Whether any module of the model is an experts module that can be replaced; raises nothing."""
     return any(is_decorated(module) for module in model.modules())

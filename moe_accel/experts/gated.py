@@ -31,6 +31,7 @@ from moe_accel.kernels.grouped import grouped_mm, grouped_outer
 from moe_accel.kernels.rows import gather, sum_copies
 from moe_accel.kernels.squared_relu import squared_relu, squared_relu_backward
 from moe_accel.kernels.swiglu import swiglu, swiglu_backward
+from moe_accel.swap import is_bare
 
 
 def why_not_gated(module: Any) -> str | None:
@@ -41,6 +42,8 @@ def why_not_gated(module: Any) -> str | None:
         return "a norm after each expert"
     if module.has_gate and type(module)._apply_gate is not moe._default_apply_gate:
         return "a gate of its own"  # the default: act(gate) * up, halves of one projection
+    if not is_bare(module.act_fn):
+        return "a hook or a forward of its own on the activation"
     if not _has_activation(module):
         gated = "" if module.has_gate else " without a gate"
         return f"activation {getattr(module.act_fn, '__name__', type(module.act_fn).__name__)}{gated}"

@@ -4,11 +4,13 @@ A single process has no such policy: FSDP2 casts weights and activations themsel
 operations.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
 from tests.dist.parity import train_on_ranks
-from tests.dist.training import Job, reference
+from tests.dist.training import SEQUENCE, Job, reference
 
 EPS = torch.finfo(torch.bfloat16).eps
 
@@ -57,3 +59,26 @@ def test_bf16_training_is_that_of_stock_fsdp2_in_bf16(job, ep_size):
 
     fp32 = flat(reference(Job()).gradients)
     assert relative_error(flat(ours.gradients), fp32) < SLACK * relative_error(flat(twin.gradients), fp32)
+
+
+LORA = Job(
+    dtype="bfloat16",
+    num_steps=1,
+    lengths=(SEQUENCE,) * 2,
+    lora=(
+        ("r", 4),
+        ("target_modules", ("q_proj", "v_proj")),
+        ("target_parameters", ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
+    ),
+)
+"""PEFT's default: adapters in fp32 on a bf16 model."""
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_fp32_adapters_of_a_bf16_model_have_fp32_gradients_as_near_to_fp32_as_one_process_has(ep_size):
+    ours = train_on_ranks(LORA, ep_size, mixed_precision="bf16")
+    pefts, fp32 = reference(LORA).gradients, reference(dataclasses.replace(LORA, dtype="float32")).gradients
+    ours, pefts, fp32 = ({k: each for k, each in of.items() if each is not None} for of in (ours.gradients, pefts, fp32))
+    assert ours.keys() == pefts.keys() == fp32.keys()
+    assert {each.dtype for each in ours.values()} == {torch.float32}
+    assert relative_error(flat(ours), flat(fp32)) < SLACK * relative_error(flat(pefts), flat(fp32))

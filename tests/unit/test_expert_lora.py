@@ -13,6 +13,7 @@ from torch import nn
 from moe_accel import MoEConfig, expert_lora_config, experts, plugin
 from moe_accel.errors import UnsupportedModelError
 from moe_accel.experts.adapters import factors
+from moe_accel.report import short
 from moe_accel.swap import own_class
 from tests.families import available_families, build_tiny, experts_modules, randomise, tiny_inputs, tiny_loss
 
@@ -68,6 +69,32 @@ def test_losses_and_gradients_are_those_of_peft(family):
     assert all("lora_" in name for name in expected[1])
     # twice: a looped family (inkling2_loop) passes through its layers more than once, others have three
     assert_same(training(prepared(model), family), expected, 2 * TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_fp32_adapters_of_a_bf16_model_have_fp32_gradients_as_near_to_fp64_as_pefts(family):
+    """PEFT's default for a bf16 model (`autocast_adapter_dtype`)."""
+    model = adapted(family, torch.bfloat16)
+    wrapper = next(each for each in model.modules() if type(each).__name__ == "ParamWrapper")
+    ours = next(each for each in prepared(model).modules() if type(each).__name__ == "ParamWrapper")
+    exact = copy.deepcopy(wrapper).double()
+    exact.get_base_layer().config._experts_implementation = "eager"  # the others take no fp64
+    width = next(model.get_base_model().modules()).config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    x, given = torch.randn(2, 60, width, generator=generator).bfloat16()
+    choices = torch.randn(60, 8, generator=generator).topk(2).indices
+    weights = torch.rand(60, 2, generator=generator).bfloat16()
+
+    def gradients(how, dtype=torch.bfloat16):
+        how(x.to(dtype), choices, weights.to(dtype)).backward(given.to(dtype))
+        return {name: each.grad for name, each in how.named_parameters() if each.grad is not None}
+
+    found, pefts, truth = gradients(ours), gradients(wrapper), gradients(exact, torch.float64)
+    assert found.keys() == pefts.keys() == truth.keys()
+    for name, expected in truth.items():
+        assert found[name].dtype == torch.float32, name
+        errors = [((of[name] - expected).norm() / expected.norm()).item() for of in (found, pefts)]
+        assert errors[0] < 1.1 * errors[1] < 0.02, (name, errors)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
@@ -284,6 +311,21 @@ def test_the_report_says_that_experts_have_none(capsys):
     assert (
         "note        no adapter on the routed experts; moe_accel.expert_lora_config(model)" in capsys.readouterr().err
     )
+
+
+def test_experts_of_modules_to_save_are_counted_once(capsys):
+    """PEFT keeps what it copied; with two such adapters there are three of each."""
+    config = LoraConfig(r=RANK, target_modules=["q_proj"], modules_to_save=["experts"])
+    plain = build_tiny("qwen3_moe")
+    num_layers, num = 2, sum(each.numel() for _, module in experts_modules(plain) for each in module.parameters())
+    model = get_peft_model(plain, config)
+    model.add_adapter("second", config)
+    swap(model)
+    said = capsys.readouterr().err
+    assert f"experts     {num_layers} of {num_layers} layers of Qwen3MoeExperts" in said
+    assert f"trainable   {short(num)} of {short(num)} expert parameters" in said
+    assert f"note        the experts of {num_layers} of {num_layers} layers are trained whole: modules_to_save" in said
+    assert "no adapter on the routed experts" not in said
 
 
 def test_target_modules_that_mean_experts_are_refused():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 from moe_accel import MoEConfig, experts
 from moe_accel.experts.gated import gated_experts
@@ -12,6 +13,13 @@ from moe_accel.experts.routing import sort_by_expert
 from tests.families import build_tiny, experts_modules, tiny_inputs, tiny_loss
 
 NUM_TOKENS, TOP_K = 40, 2
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_as_it_was():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h"])
@@ -62,6 +70,37 @@ def test_lean_experts_keep_no_projection_and_give_the_same_bits(adapted):
         sizes.append(sum(each.nbytes for each in kept))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert sizes[0] - sizes[1] == NUM_TOKENS * TOP_K * 2 * inner * x.itemsize
+
+
+def doubled(act_fn, how):
+    """Let an activation give twice what it gives."""
+    if how == "hook":
+        act_fn.register_forward_hook(lambda _module, _inputs, output: output * 2)
+    else:
+        forward = act_fn.forward
+        act_fn.forward = lambda x: forward(x) * 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["hook", "forward"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
+def test_a_hook_on_the_activation_is_called_and_said(family, how, when, capsys):
+    native = build_tiny(family)
+    ours = copy.deepcopy(native)
+    inputs = tiny_inputs(family, 1, 5)
+    plain = tiny_loss(native, inputs)
+    if when == "after":
+        ours = Accelerator(cpu=True, parallelism_config=MoEConfig()).prepare(ours)
+    for model in (native, ours):
+        _, module = next(experts_modules(model))
+        doubled(module.act_fn, how)
+    if when == "before":
+        ours = Accelerator(cpu=True, parallelism_config=MoEConfig()).prepare(ours)
+        num = len(list(experts_modules(ours)))
+        assert f"note        experts of 1 of {num} layers as separate operations" in capsys.readouterr().err
+    expected = tiny_loss(native, inputs)
+    torch.testing.assert_close(tiny_loss(ours, inputs), expected, rtol=1e-5, atol=1e-6)
+    assert (expected - plain).abs() > 1e-4
 
 
 def test_kept_layers_are_lean_where_the_others_are_checkpointed():

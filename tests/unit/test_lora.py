@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_accel import lora, plugin
 from moe_accel.report import Choice
+from moe_accel.swap import own_class
 from tests.families import randomise
 
 TOLERANCE = 90 * torch.finfo(torch.float32).eps  # see tests/dist/parity.py
@@ -34,7 +35,7 @@ def layer(bias=True, **options):
     return model
 
 
-def both(model, change=lambda _model: None, autocast=False):
+def both(model, change=lambda _model: None, autocast=False, dtype=torch.float32):
     """Output and gradients, by PEFT and by us; and whether ours was used."""
     found = []
     used = []
@@ -44,7 +45,7 @@ def both(model, change=lambda _model: None, autocast=False):
         if ours:
             lora.install(each)
         change(each)
-        x = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
         torch.manual_seed(5)  # of dropout
         lora.lora_linear = lambda *args: (used.append(1), original(*args))[1]
         try:
@@ -84,6 +85,36 @@ def test_under_autocast_too_within_bf16():
     assert_same(peft, ours, 8 * 2**-9)
 
 
+def in_bf16(bias=True, **options):
+    """A bf16 layer with what PEFT makes of its adapters by default: fp32."""
+    model = layer(bias, **options)
+    model.base_model.model["linear"].base_layer.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fp32_adapters_of_a_bf16_layer_are_multiplied_in_bf16_with_gradients_in_fp32(bias):
+    peft, ours, used = both(in_bf16(bias), dtype=torch.bfloat16)
+    assert used
+    gradients = {name: each.dtype for name, each in ours.items() if "lora_" in name}
+    assert gradients == dict.fromkeys(gradients, torch.float32)
+    assert len(gradients) == 2
+    assert_same(peft, ours, 8 * 2**-9)
+
+
+def test_an_update_below_bf16s_last_place_is_kept_in_fp32_adapters():
+    model = in_bf16()
+    lora.install(model)
+    weight = model.base_model.model["linear"].lora_B["default"].weight
+    before = weight.detach().clone()
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
+    model.base_model.model["linear"](x).float().sum().backward()
+    torch.optim.SGD([weight], lr=1e-6).step()
+    moved = (weight.detach() - before).abs() < before.abs() * 2**-9
+    assert moved.all()
+    assert not torch.equal(weight.detach(), before)
+
+
 def add_second(model):
     model.add_adapter("second", LoraConfig(r=2, target_modules=["linear"]))
     model.base_model.set_adapter(["default", "second"])
@@ -116,7 +147,6 @@ STEPS_ASIDE = {
     "dropout": ({"lora_dropout": 0.5}, lambda _model: None),
     "dora": ({"use_dora": True}, lambda _model: None),
     "biased": ({"lora_bias": True}, lambda _model: None),
-    "half": ({}, lambda model: model.base_model.model["linear"].base_layer.bfloat16()),
     "hooked": ({}, hooked("register_forward_hook")),
     "pre-hooked": ({}, hooked("register_forward_pre_hook")),
     "backward-hooked": ({}, hooked("register_full_backward_hook")),
@@ -132,13 +162,6 @@ def test_whatever_is_more_stays_with_peft(options, change):
         torch.manual_seed(2)  # of the second adapter
         change(model)
 
-    if change is STEPS_ASIDE["half"][1]:
-        model = layer(**options)
-        change(model)
-        lora.install(model)
-        x = torch.randn(2, 6, dtype=torch.bfloat16)
-        assert model.base_model.model["linear"](x).dtype == torch.bfloat16
-        return
     peft, ours, used = both(layer(**options), seeded)
     assert not used
     assert_same(peft, ours, 0)
@@ -179,6 +202,15 @@ def test_what_is_said_is_what_happens_in_training(options, said, mode):
     assert used == bool(said[0])
 
 
+def test_dtypes_that_are_multiplied_by_peft_are_said():
+    model = layer()
+    model.base_model.model["linear"].base_layer.half()
+    assert lora.install(model) == (0, {"adapters in float32 on weights in float16": 1})
+    assert lora.install(model, autocasts=True) == (1, {})
+    linear, x = model.base_model.model["linear"], torch.randn(2, 6).half()
+    assert torch.equal(linear(x), own_class(linear).forward(linear, x))
+
+
 def test_two_active_adapters_are_said():
     model = layer()
     add_second(model)
@@ -189,7 +221,11 @@ def test_two_active_adapters_are_said():
 
 def test_the_report_names_what_stays_with_peft():
     kernels = Choice("fused", "asked for")
-    said = plugin.told_of_lora(kernels, layer(lora_dropout=0.05))
+    said = plugin.told_of_lora(kernels, layer(lora_dropout=0.05), "no")
     assert said == ["LoRA on 1 linear layers computed by PEFT in training: lora_dropout"]
-    assert plugin.told_of_lora(kernels, layer()) == ["LoRA on 1 linear layers added into their products"]
-    assert plugin.told_of_lora(Choice("reference", "asked for"), layer()) == []
+    plain = "LoRA on 1 linear layers added into their products"
+    assert plugin.told_of_lora(kernels, layer(), "no") == [plain]
+    assert plugin.told_of_lora(Choice("reference", "asked for"), layer(), "no") == []
+    rounded = f"{plain}, 1 with fp32 adapters multiplied in bf16"
+    assert plugin.told_of_lora(kernels, in_bf16(), "no") == [rounded]
+    assert plugin.told_of_lora(kernels, in_bf16(), "bf16") == [plain], "as autocast does"
