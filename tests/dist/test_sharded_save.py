@@ -18,6 +18,8 @@ FAMILIES = (
     "jamba", "glm4_moe", "olmoe", "ernie4_5_vl_moe", "deepseek_v4", "openai_privacy_filter", "phimoe",
 )  # fmt: skip
 QUICK = ("qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3")
+RENAMED = ("nemotron_h", "ernie4_5_vl_moe", "deepseek_v4")
+"""Whose hub names are others than those in memory, which is what `stacked` writes; `verify` compares by name."""
 
 
 def before_fork(family: str = "qwen3_moe", **_: Any) -> None:
@@ -153,7 +155,8 @@ def test_load_and_save_is_equal_for_moe_accel_verify(plainly, tmp_path, family, 
         load_and_write, max(2, ep), with_moe_config(ep_size=ep, save_layout=layout),
         family=family, source=source, folder=tmp_path / "out",
     )  # fmt: skip
-    assert verify(source, tmp_path / "out", None, None, as_json=False) == 0
+    same_names = plainly(family, True) if layout == "stacked" and family in RENAMED else source
+    assert verify(same_names, tmp_path / "out", None, None, as_json=False) == 0
 
 
 def write_from_two_hosts(family: str, folder: Path) -> list[str]:
