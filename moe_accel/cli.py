@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_accel.errors import ConfigError, MoEAccelError
+from moe_accel.quick_help import show_help
 from moe_accel.version import VERSION
 
 if TYPE_CHECKING:
@@ -374,24 +375,11 @@ def _request(
     return Request(to.value, base, model_type, said, family, overwrite, dry_run)
 
 
-def _show_help(arguments: list[str]) -> bool:
-    """Print the help that `[COMMAND] --help` asks for, without parsing: typer 0.29 imports pydantic to parse a flag."""
-    *names, last = arguments or [""]
-    group = typer.main.get_command(app)
-    context = typer.Context(group, info_name="moe-accel", **group.context_settings)
-    command = group if not names else getattr(group, "commands", {}).get(names[0])
-    if last not in context.help_option_names or len(names) > 1 or command is None:
-        return False
-    typer.echo(command.get_help(typer.Context(command, parent=context, info_name=names[0]) if names else context))
-    return True
-
-
 def main() -> None:
     """Entry point of `moe-accel`: exit 2 with `error:` and `hint:` on stderr for what the user can mend."""
-    if _show_help(sys.argv[1:]):
-        return
     try:
-        app()
+        if not show_help(app, sys.argv[1:]):
+            app()
     except MoEAccelError as error:
         from moe_accel.launch import exit_with
 

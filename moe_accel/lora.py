@@ -45,14 +45,13 @@ def install(model: nn.Module, autocasts: bool = False) -> tuple[int, dict[str, i
 def num_rounded(model: nn.Module) -> int:
     """How many layers multiply fp32 adapters in bf16 where there is no autocast."""
     layers: list[Any] = [each for each in model.modules() if isinstance(each, _Fused)]
-    in_bf16 = [each for each in layers if each.base_layer.weight.dtype == torch.bfloat16]
-    plain = [each for each in in_bf16 if _why_with_peft(each, False) is None]
-    return sum(next(each.lora_A.parameters()).dtype == torch.float32 for each in plain)
+    dtypes = [_dtypes(each, *_active(each)) for each in layers if _why_with_peft(each, False) is None]
+    return sum(_rounds(weight, a) for weight, a, _ in dtypes)
 
 
 def _why_with_peft(layer: Any, autocasts: bool) -> str | None:
     """What a user has chosen that `lora_linear` does not compute in training; None: it computes the layer."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    active = _active(layer)
     if len(active) != 1:
         return f"{len(active)} active adapters"
     name = active[0]
@@ -62,15 +61,29 @@ def _why_with_peft(layer: Any, autocasts: bool) -> str | None:
         return "lora_dropout"
     if layer.lora_B[name].bias is not None:
         return "lora_bias"
-    weight, a, b = (part.weight.dtype for part in (layer.base_layer, layer.lora_A[name], layer.lora_B[name]))
+    weight, a, b = _dtypes(layer, name)
     if autocasts or _computes(weight, a, b):
         return None
     return f"adapters in {_said(a, b)} on weights in {_said(weight)}"
 
 
+def _active(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _dtypes(layer: Any, name: str) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Of the weight, of A and of B."""
+    return layer.base_layer.weight.dtype, layer.lora_A[name].weight.dtype, layer.lora_B[name].weight.dtype
+
+
 def _computes(weight: torch.dtype, a: torch.dtype, b: torch.dtype) -> bool:
-    """Whether `lora_linear` takes these dtypes: all alike, or fp32 adapters on a bf16 weight."""
-    return a == b and (a == weight or (weight, a) == (torch.bfloat16, torch.float32))
+    """Whether `lora_linear` takes these dtypes: all alike, or adapters that it rounds."""
+    return a == b and (a == weight or _rounds(weight, a))
+
+
+def _rounds(weight: torch.dtype, adapter: torch.dtype) -> bool:
+    """Whether these are fp32 adapters on a bf16 weight."""
+    return (weight, adapter) == (torch.bfloat16, torch.float32)
 
 
 def _said(*dtypes: torch.dtype) -> str:
@@ -106,7 +119,7 @@ def _plain_adapter(layer: Any) -> str | None:
     """The one adapter that is active, if it is LoRA and nothing else."""
     if layer.disable_adapters or layer.merged:
         return None
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    active = _active(layer)
     if len(active) != 1 or active[0] in layer.lora_variant:
         return None
     name = active[0]

@@ -50,12 +50,12 @@ def computing(model: nn.Module, experts: list[tuple[str, Any]]) -> list[tuple[st
         wrapper: Any = module
         copies = dict(wrapper.modules_to_save.items())
         active = (
-            () if wrapper.disable_adapters else (copies[name] for name in wrapper.active_adapters if name in copies)
+            [] if wrapper.disable_adapters else [copies[each] for each in wrapper.active_adapters if each in copies]
         )
-        used = next(iter(active), wrapper.original_module)
-        idle |= {
-            each for part in (wrapper.original_module, *copies.values()) if part is not used for each in part.modules()
-        }
+        used = active[0] if active else wrapper.original_module
+        for part in (wrapper.original_module, *copies.values()):
+            if part is not used:
+                idle.update(part.modules())
     return [(name, module) for name, module in experts if module not in idle]
 
 

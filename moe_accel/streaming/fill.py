@@ -143,15 +143,15 @@ def fill_shards(taken: Sources, accelerator: Any) -> None:
     offloads = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
     device = torch.device("cpu") if offloads else accelerator.device
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old one is kept, so that its id stays its own
-    places = [(module, name, module._parameters[name], source) for (module, name), source in taken.items()]
-
     jobs: list[Job] = []
-    for module, name, old, source in places:
+    for (module, name), source in taken.items():
+        old = module._parameters[name]
         if old is None:
             continue
         if id(old) not in made:
-            made[id(old)] = (old, _with_memory(old, device))
-            jobs += part_jobs(source, local_part(old), _local(made[id(old)][1]))
+            part = local_part(old)
+            made[id(old)] = (old, _with_memory(old, part, device))
+            jobs += part_jobs(source, part, _local(made[id(old)][1]))
         module._parameters[name] = made[id(old)][1]
 
     def read() -> None:
@@ -161,12 +161,12 @@ def fill_shards(taken: Sources, accelerator: Any) -> None:
     agree_on_reading(read)
 
 
-def _with_memory(old: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """`old`, a parameter on the meta device, on `device`; its values are not set yet."""
+def _with_memory(old: nn.Parameter, part: Part, device: torch.device) -> nn.Parameter:
+    """`old`, a parameter on the meta device whose shard is `part`, on `device`; its values are not set yet."""
     local = _local(old)
     value: Tensor = torch.empty(local.shape, dtype=local.dtype, device=device)
-    shape = tuple(stop - start for start, stop in local_part(old))
-    assert shape == tuple(local.shape) or not value.numel(), f"{local_part(old)} of {old.shape} is no {local.shape}"
+    shape = tuple(stop - start for start, stop in part)
+    assert shape == tuple(local.shape) or not value.numel(), f"part {part} of {old.shape} is not a shard {local.shape}"
     if isinstance(old, DTensor):
         value = DTensor.from_local(
             value, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()

@@ -18,15 +18,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.gpu.processes import FSDP2
+
 ROOT = Path(__file__).resolve().parents[2]
 
-STOCK_FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-}
+STOCK_FSDP2 = FSDP2
 """What `accelerate launch` exports for a plain FSDP2 config. Without MOE_ACCEL_CONFIG that is stock accelerate."""
 
 

@@ -68,20 +68,20 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
         shallow: layers of which every arm trains four.
         load_layers: of the checkpoint that is loaded.
     """
-    small = ("parity", gpus, 2, min(2, shallow))
+    small = (gpus, 2, min(2, shallow))
     one, four, most = (gpus, 1, deep), (gpus, 4, shallow), (gpus, 4, deep)
     cases: list[Case] = []
 
     def add(kind: str, at: tuple[int, int, int], *arms: str) -> None:
         cases.extend(Case(kind, arm, *at) for arm in arms)
 
-    add(small[0], small[1:], "one", "alltoall")
+    add("parity", small, "one", "alltoall")
     add("full", one, "stock", "alltoall", "ep1")
     add("full", four, "stock", "alltoall", "ep1")
     add("full", one, "native_ep")
     add("full", four, "native_ep")
     for arm in DEEPEP:
-        add(small[0], small[1:], arm)
+        add("parity", small, arm)
         add("full", one, arm)
         add("full", four, arm)
     add("lora", one, "stock", "alltoall", "ep1")
@@ -94,7 +94,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
         add("full", (fewer, 4, shallow), "stock", "ep1", *(["alltoall"] if fewer > 1 else []))
         fewer *= 2
     add("load", (gpus, 0, load_layers), "alltoall", "stock", "native_ep", "stock_ram")
-    add(small[0], small[1:], "stock", "native_ep", "ep1")
+    add("parity", small, "stock", "native_ep", "ep1")
     add("lora", most, "alltoall", "ep1", "stock")
     for arm in DEEPEP:
         add("lora", one, arm)

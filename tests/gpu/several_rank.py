@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_accel.bench import flops, routing, suites
+from moe_accel.bench.measure import GIB
 from moe_accel.bench.options import Case
 from moe_accel.bench.shapes import SHAPES
+from moe_accel.ranks import gather
 from tests.dist.load_memory import peak_bytes, write_checkpoint
-
-GIB = 2**30
 
 
 class Skip(Exception):
@@ -272,11 +272,7 @@ def gradient_norms(model: nn.Module) -> list[float]:
 
 def gathered(value: Any) -> list[Any]:
     """`value` of every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return gather(value) if dist.is_initialized() else [value]
 
 
 def mean(loss: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fixtures of the converter's safety tests."""
+"""Fixtures of several files: accelerate's singletons, and a checkpoint for the converter's safety tests."""
 
 from pathlib import Path
 
@@ -6,6 +6,16 @@ import pytest
 
 from moe_accel.convert.run import execute
 from tests.unit.convert_job import contents, job_of, write_source
+
+
+@pytest.fixture
+def new_accelerate_state():
+    """Accelerate's singletons are gone after the test."""
+    from accelerate.state import AcceleratorState, GradientState  # not for the tests that need no accelerate
+
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_accel.bench import arms, table
-from moe_accel.bench.options import ARMS, ROUTINGS, Case, Options
+from moe_accel.bench.options import ARMS, ROUTINGS, SUITES, Case, Options
 from moe_accel.bench.run import per_layer, run
 from moe_accel.bench.shapes import SHAPES
 from moe_accel.errors import ConfigError, DependencyError
@@ -44,6 +44,8 @@ WRONG = {
     "full": "RuntimeError: no kernel image is available",
     "lora": "disagrees with transformers: gradients of base_model.model.model.layers.0.self_attn.q_proj.lora_B.",
 }
+SLOW = {"full"}
+"""Suites whose three processes the default run does without: `lora` trains, too."""
 ROUTED = {"kernel": "random", "full": "zipf", "lora": "hot"}
 
 
@@ -55,7 +57,9 @@ def write_peer(folder, code):
     return str(file)
 
 
-@pytest.fixture(scope="module", params=["kernel", pytest.param("full", marks=pytest.mark.slow), "lora"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(each, marks=pytest.mark.slow if each in SLOW else ()) for each in SUITES]
+)
 def report(request, tmp_path_factory):
     """Of one suite: native, moe_accel and a peer that is wrong."""
     suite = request.param

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -23,11 +22,7 @@ RANK = 3  # no multiple of 8: padded where kernels want whole 16 bytes
 LANGUAGE = available_families()
 
 
-@pytest.fixture(autouse=True)
-def _accelerate_as_it_was():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("new_accelerate_state")
 
 
 def adapted(family="qwen3_moe", dtype=torch.float32, build=None, **options):

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from moe_accel import MoEConfig, experts
 from moe_accel.experts.gated import gated_experts
@@ -15,11 +14,7 @@ from tests.families import build_tiny, experts_modules, tiny_inputs, tiny_loss
 NUM_TOKENS, TOP_K = 40, 2
 
 
-@pytest.fixture(autouse=True)
-def _accelerate_as_it_was():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("new_accelerate_state")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h"])

@@ -6,18 +6,12 @@ import accelerate.accelerator
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState
 
 from moe_accel import MoEConfig, kept, plugin
 from moe_accel.errors import ConfigError
 from tests.families import build_tiny, tiny_inputs, tiny_loss
 
-
-@pytest.fixture(autouse=True)
-def _accelerate_as_it_was():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("new_accelerate_state")
 
 
 def prepared(model, num_kept):

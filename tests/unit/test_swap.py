@@ -9,19 +9,13 @@ import weakref
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from peft import get_peft_model
 
 from moe_accel import MoEConfig, block, expert_lora_config
 from moe_accel.swap import become, own_class
 from tests.families import build_tiny, randomise, tiny_inputs
 
-
-@pytest.fixture(autouse=True)
-def _accelerate_as_it_was():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("new_accelerate_state")
 
 
 def prepared(adapters):
