@@ -27,7 +27,8 @@ LAYERS = [
     {"parallelism"},
     {"worker"},
     {"launch", "bench", "doctor"},
-    {"autoload", "cli"},
+    {"autoload", "quick_help"},
+    {"cli"},
     {"__main__"},
 ]
 """Bottom first; a module may import what stands below it. A subpackage is one name here."""
@@ -44,6 +45,7 @@ WITHOUT_TORCH = [
     "versions",
     "report",
     "doctor",
+    "quick_help",
 ]
 WITHOUT_TORCH += [f"bench.{name}" for name in ("options", "shapes", "run", "table", "command")]
 WITHOUT_TORCH += [
