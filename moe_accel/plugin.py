@@ -8,6 +8,7 @@
 Every hook is one line in `install`, acts only for accelerators that carry a `MoEConfig`, and leaves others alone.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -24,11 +25,11 @@ from torch.distributed.tensor import DTensor
 from moe_accel import block, checkpoint, experts, kept, lora, loss, streaming
 from moe_accel.dispatch import choose
 from moe_accel.errors import ConfigError, UnsupportedModelError
+from moe_accel.experts.gated import why_not_gated
 from moe_accel.hooks import wrap
 from moe_accel.mesh import check_experts
 from moe_accel.report import Choice, Report, say
 from moe_accel.shard import restore_buffers, shard_experts, without_experts
-from moe_accel.swap import is_bare
 from moe_accel.versions import check_versions
 
 _installed: WeakKeyDictionary[Accelerator, list[Report]] = WeakKeyDictionary()
@@ -157,7 +158,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         num_trainable=sum(count for count, trainable in counts if trainable),
         notes=(
             *experts.told_of_adapters(model, used, adapted),
-            *told_of_hooks(kernels, used),
+            *told_of_general_path(kernels, used),
             *told_of_lora(kernels, model, accelerator.mixed_precision),
             *kept_said,
             *(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),
@@ -222,13 +223,12 @@ def told_of_lora(kernels: Choice, model: nn.Module, precision: str) -> list[str]
     return said + [f"LoRA on {num} linear layers computed by PEFT in training: {why}" for why, num in reasons.items()]
 
 
-def told_of_hooks(kernels: Choice, found: list[tuple[str, Any]]) -> list[str]:
-    """A line for the report where hooks on activations keep experts from the one function, which calls none."""
-    hooked = [module for _, module in found if not is_bare(getattr(module, "act_fn", None))]
-    if kernels.value == "reference" or not hooked:
+def told_of_general_path(kernels: Choice, found: list[tuple[str, Any]]) -> list[str]:
+    """Lines for the report where experts are computed as separate operations, and why."""
+    if kernels.value == "reference":
         return []
-    how = "their activation has a hook or a forward of its own, which is called"
-    return [f"experts of {len(hooked)} of {len(found)} layers as separate operations: {how}"]
+    reasons = Counter(why for _, module in found if (why := why_not_gated(module)) is not None)
+    return [f"experts of {num} of {len(found)} layers as separate operations: {why}" for why, num in reasons.items()]
 
 
 def traffic(found: list[tuple[str, Any]]) -> choose.Traffic:

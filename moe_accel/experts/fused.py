@@ -2,7 +2,8 @@
 
 Against transformers' own grouped_mm: no sentinel masks, no scatter with atomics in any backward, no copy to the host,
 and the routing weights multiply the [P,I] input of the second GEMM rather than its larger [P,H] output, which then need
-not be kept for backward. Experts with a plain SwiGLU or relu^2 take the shorter way of `gated.py`.
+not be kept for backward. Almost all experts take the shorter way of `gated.py`; this is the
+general one.
 
 Sizes: R rows, H hidden, K top-k, e local experts, P sorted pairs, U up rows, I inner.
 """
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gated import gated_experts, why_not_gated
+from moe_accel.experts.gates import find_gate
 from moe_accel.experts.routing import LocalRouting, pick
 from moe_accel.experts.weights import activate, down_weight, has_post_norm, post_norm, up_weight
 from moe_accel.kernels.grouped import grouped_mm
@@ -38,7 +40,8 @@ def fused_experts(
     (up, up_bias), (down, down_bias) = up_weight(module), down_weight(module)
     weight_p = pick(weights, routing)
     if why_not_gated(module) is None:
-        return gated_experts(x, up, down, weight_p, routing, *adapters, has_gate=module.has_gate, lean=lean)
+        gate = find_gate(module) if module.has_gate else None
+        return gated_experts(x, up, down, weight_p, routing, *adapters, gate, (up_bias, down_bias), lean)
     h_ph = gather_rows(x, routing.rows)
     u_pu = _add_bias(grouped_mm(h_ph, up, routing.ends), up_bias, routing)
     a_pi = activate(module, _add(u_pu, _low_rank(h_ph, adapters[0], routing))).to(u_pu.dtype)

@@ -1,6 +1,6 @@
 """relu(u)^2 and routing weight in one pass over the first projection's output, and their backward in another.
 
-For experts without a gate. The functions take and return what those of `swiglu.py` do, with u [P,I] in place of
+For experts without a gate. The functions take and return what those of `glu.py` do, with u [P,I] in place of
 [P,2I]: arithmetic in fp32, each result rounded once, a second part of u and of the gradient added where it is read.
 The derivative of relu(u)^2 is 2 * relu(u). So et al., "Primer" (2021).
 

@@ -8,8 +8,8 @@ import torch
 from triton.testing import do_bench
 
 from moe_accel.kernels.cross_entropy import softmax_gradient_
+from moe_accel.kernels.glu import glu, glu_backward
 from moe_accel.kernels.rows import sum_triton
-from moe_accel.kernels.swiglu import swiglu, swiglu_backward
 
 
 def main() -> None:
@@ -39,8 +39,8 @@ def main() -> None:
             print(f"{name:<28} {str(problem).splitlines()[0]}", flush=True)
     u, gradient = (torch.randn(num_rows * top_k, w, device="cuda", dtype=torch.bfloat16) for w in (1536, 768))
     weight = torch.rand(num_rows * top_k, device="cuda")
-    print(f"swiglu {do_bench(lambda: swiglu(u, weight), return_mode='median'):.3f} ms (0.60 GB)")
-    took = do_bench(lambda: swiglu_backward(gradient, u, weight), return_mode="median")
+    print(f"swiglu {do_bench(lambda: glu(u, weight), return_mode='median'):.3f} ms (0.60 GB)")
+    took = do_bench(lambda: glu_backward(gradient, u, weight), return_mode="median")
     print(f"swiglu backward {took:.3f} ms (1.21 GB)")
     logits, labels = torch.randn(3533, 151_936, device="cuda").bfloat16(), torch.arange(3533, device="cuda")
     scale = torch.ones(1, device="cuda")

@@ -6,7 +6,7 @@ The interpreter computes bf16 wrongly, and must be chosen before triton is impor
 import pytest
 import torch
 
-from moe_accel.kernels import cross_entropy, rms_norm, rope, rows, squared_relu, swiglu
+from moe_accel.kernels import cross_entropy, glu, rms_norm, rope, rows, squared_relu
 from moe_accel.kernels.device import INTERPRETED
 
 assert INTERPRETED, "set TRITON_INTERPRET=1"
@@ -33,21 +33,38 @@ def test_sum_of_copies(counts, width):
         torch.testing.assert_close(found, expected, rtol=0, atol=17 * 4 * EPSILON)
 
 
+GATES = {
+    "swiglu": glu.SWIGLU,
+    "gelu": glu.GELU_TANH,
+    "gpt-oss": glu.Gate(1.702, limit=0.5, shift=1.0, interleaved=True),
+    "clamped": glu.Gate(limit=0.5),
+}
+
+
 @pytest.mark.parametrize("inner", [1, 40, 1024, 1032])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("of_two", [False, True])
-def test_swiglu_and_its_backward(inner, weight_dtype, of_two):
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_glu_and_its_backward(gate, inner, weight_dtype, of_two):
     u, gradient, weight = values(5, 2 * inner), values(5, inner), values(5).to(weight_dtype)
-    more, gradient_more = (u.cos(), gradient.cos()) if of_two else (None, None)
-    expected = swiglu.swiglu_torch(u, weight, more)
-    torch.testing.assert_close(swiglu.swiglu(u, weight, more), expected, rtol=8 * EPSILON, atol=2 * EPSILON)
-    found = swiglu.swiglu_backward(gradient, u, weight, gradient_more, more)
-    expected = swiglu.swiglu_backward_torch(gradient, u, weight, gradient_more, more)
+    more, gradient_more, bias = None, None, None
+    if of_two:
+        more, gradient_more = u.cos(), gradient.cos()
+        bias = glu.ExpertBias(values(3, 2 * inner), torch.tensor([2, 0, 0, 1, 2], dtype=torch.int16))
+    expected = glu.glu_torch(u, weight, more, gate, bias)
+    torch.testing.assert_close(glu.glu(u, weight, more, gate, bias), expected, rtol=16 * EPSILON, atol=4 * EPSILON)
+    found = glu.glu_backward(gradient, u, weight, gradient_more, more, gate, bias)
+    expected = glu.glu_backward_torch(gradient, u, weight, gradient_more, more, gate, bias)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         # sums over `inner` products near 1: as many roundings at worst, their square root in fact
         rounding = torch.finfo(one.dtype).eps
-        torch.testing.assert_close(one, other, rtol=8 * rounding, atol=8 * rounding * inner**0.5)
+        torch.testing.assert_close(one, other, rtol=16 * rounding, atol=16 * rounding * inner**0.5)
+
+
+def test_glu_keeps_a_nan_within_its_clamps():
+    u = torch.tensor([[float("nan"), 1.0, 1.0, float("nan")]])
+    assert glu.glu(u, torch.ones(1), gate=glu.Gate(limit=0.5)).isnan().all()
 
 
 @pytest.mark.parametrize("inner", [1, 40, 1024, 1032])

@@ -5,12 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from moe_accel.kernels import cross_entropy, device, rms_norm, rope, rows, squared_relu, swiglu
+from moe_accel.kernels import cross_entropy, device, glu, rms_norm, rope, rows, squared_relu
 
 SHARED_BYTES = 227 * 1024  # of a block on sm_90
 
@@ -29,8 +30,19 @@ def test_kernels_equal_their_plain_forms_on_the_interpreter():
     assert int(num_passed[1]) >= 25
 
 
+GATES = {
+    "swiglu": glu.SWIGLU,
+    "gelu": glu.GELU_TANH,
+    "gpt-oss": glu.Gate(1.702, limit=0.5, shift=1.0, interleaved=True),
+    "clamped": glu.Gate(limit=0.5),
+}
+BIAS = glu.ExpertBias(torch.linspace(-1, 1, 16, dtype=torch.float64).view(2, 8), torch.tensor([1, 0, 1]))
 ACTIVATIONS = {
-    "swiglu": (swiglu.swiglu_torch, swiglu.swiglu_backward_torch, 8),
+    **{
+        f"{name}{of_bias}": (partial(glu.glu_torch, **given), partial(glu.glu_backward_torch, **given), 8)
+        for name, gate in GATES.items()
+        for of_bias, given in (("", {"gate": gate}), (" with bias", {"gate": gate, "bias": BIAS}))
+    },
     "relu^2": (squared_relu.squared_relu_torch, squared_relu.squared_relu_backward_torch, 4),
 }
 
@@ -52,6 +64,13 @@ def _values(*shape):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+COMPILED_GATES = {
+    "": (None, None, glu.SWIGLU, 768),
+    " of two": (torch.empty(0), None, glu.SWIGLU, 768),
+    " of gpt-oss": (None, BIAS, glu.Gate(1.702, limit=7.0, shift=1.0, interleaved=True), 2880),
+    " of gpt-oss, of two": (torch.empty(0), BIAS, glu.Gate(1.702, limit=7.0, shift=1.0, interleaved=True), 2880),
+    " of gelu": (None, None, glu.GELU_TANH, 704),
+}
 COMPILED = {
     **{
         f"sum{name}": (
@@ -82,20 +101,25 @@ COMPILED = {
         {"BACKWARD": True, "num_heads": 32, "half": 64, "HEADS": 32, "HALF": 64},
     ),
     **{
-        f"swiglu{name}": (
-            swiglu._forward_kernel,
-            ["*bf16", "*bf16", "*fp32", "*bf16"],
-            {"HAS_MORE": more, "inner": 768, "COLUMNS": 1024},
+        f"glu{name}": (
+            glu._forward_kernel,
+            ["*bf16", "*bf16", "*bf16", "*i16", "*fp32", "*bf16"],
+            {**glu._constants(more, bias, gate), "inner": inner, "COLUMNS": glu.COLUMNS},
         )
-        for name, more in (("", False), (" of two", True))
+        for name, (more, bias, gate, inner) in COMPILED_GATES.items()
     },
     **{
-        f"swiglu backward{name}": (
-            swiglu._backward_kernel,
-            ["*bf16", "*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "*bf16"],
-            {"HAS_GRADIENT_MORE": more, "HAS_MORE": more, "inner": 768, "COLUMNS": 1024},
+        f"glu backward{name}": (
+            glu._backward_kernel,
+            ["*bf16", "*bf16", "*bf16", "*bf16", "*bf16", "*i16", "*fp32", "*bf16", "*fp32", "*bf16"],
+            {
+                "HAS_GRADIENT_MORE": more is not None,
+                **glu._constants(more, bias, gate),
+                "inner": inner,
+                "COLUMNS": glu.COLUMNS,
+            },
         )
-        for name, more in (("", False), (" of two", True))
+        for name, (more, bias, gate, inner) in COMPILED_GATES.items()
     },
     **{
         f"squared relu{name}": (
