@@ -5,6 +5,9 @@ the loss; two more GEMMs turn that into gradients of hidden and weight. What is 
 dtype of hidden; native holds all of them four times (bf16, fp32, log-softmax, gradient). Three GEMMs, as native has.
 The idea: Hsu et al., "Liger Kernel" (2024), whose chunks are smaller: 256 rows at a vocabulary of 152 k.
 
+Rows whose label is to be ignored (prompts, padding) are left out of all of that. For this the host waits for the
+device once, to learn how many there are.
+
 Sizes: N rows, H hidden, V vocabulary, C rows of a chunk.
 """
 
@@ -37,28 +40,37 @@ def linear_cross_entropy(
     Returns:
         fp32 scalar (the dtype of hidden where that is wider), differentiable once in hidden and weight.
     """
+    counts = labels != ignore_index
+    num_counting = int(counts.sum())
+    kept = None if num_counting == len(labels) else torch.nonzero_static(counts, size=num_counting)[:, 0]
     if divisor is None:
-        divisor = (labels != ignore_index).sum()
-    return _LinearCrossEntropy.apply(hidden, weight, labels, divisor, ignore_index)  # pyright: ignore[reportReturnType]
+        divisor = torch.full((), num_counting, dtype=torch.float64, device=hidden.device)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, divisor, kept)  # pyright: ignore[reportReturnType]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor, ignore_index: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor, kept: Any) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        weight_grad = torch.zeros_like(weight) if needs_weight and hidden.shape[0] == 0 else None
+        total = len(hidden if kept is None else kept)
+        new = torch.empty_like if kept is None else torch.zeros_like
+        hidden_grad = new(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight) if needs_weight and total == 0 else None
         divisor = divisor.to(hidden.device, exact)
         scale = divisor.reciprocal().reshape(1)
         loss = torch.zeros((), dtype=exact, device=hidden.device)
-        num_rows = max(1, min(hidden.shape[0], CHUNK_BYTES // (weight.shape[0] * hidden.element_size())))
-        for start in range(0, hidden.shape[0], num_rows):
-            rows, of = hidden[start : start + num_rows], labels[start : start + num_rows]
+        num_rows = max(1, min(total, CHUNK_BYTES // (weight.shape[0] * hidden.element_size())))
+        for start in range(0, total, num_rows):
+            chunk = slice(start, start + num_rows)
+            of: Any = chunk if kept is None else kept[chunk]
+            rows = hidden[of]
             logits = rows @ weight.t()
-            loss += softmax_gradient_(logits, of, scale, ignore_index).sum()
-            if hidden_grad is not None:
-                torch.mm(logits, weight, out=hidden_grad[start : start + num_rows])
+            loss += softmax_gradient_(logits, labels[of], scale).sum()
+            if hidden_grad is not None and kept is None:
+                torch.mm(logits, weight, out=hidden_grad[chunk])
+            elif hidden_grad is not None:
+                hidden_grad.index_copy_(0, of, logits @ weight)
             if needs_weight and weight_grad is None:
                 weight_grad = logits.t() @ rows
             elif weight_grad is not None:
@@ -76,82 +88,59 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *found, None, None, None
 
 
-def softmax_gradient_(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
-    """Replace logits by the gradient of their loss; rows that do not count become zeros.
+def softmax_gradient_(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    """Replace logits by the gradient of their loss.
 
     Args:
         logits: [C,V], contiguous; overwritten with `scale * (softmax(logits) - one_hot(labels))`.
-        labels: [C] int64.
+        labels: [C] int64; one out of range makes the loss NaN.
         scale: [1].
-        ignore_index: label of a row that does not count.
 
     Returns:
         [C], loss of each row, not scaled, fp32 or wider.
     """
     if not use_triton(logits):
-        return softmax_gradient_torch_(logits, labels, scale, ignore_index)
+        return softmax_gradient_torch_(logits, labels, scale)
     num_rows, width = logits.shape
     loss = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    launch(
-        _softmax_gradient_kernel,
-        (num_rows,),
-        logits,
-        labels.contiguous(),
-        scale,
-        loss,
-        ignore_index=ignore_index,
-        width=width,
-        COLUMNS=COLUMNS,
-        num_warps=16,
-    )
+    tensors = logits, labels.contiguous(), scale, loss
+    launch(_softmax_gradient_kernel, (num_rows,), *tensors, width=width, COLUMNS=COLUMNS, num_warps=16)
     return loss
 
 
-def softmax_gradient_torch_(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
+def softmax_gradient_torch_(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     """The definition of `softmax_gradient_`."""
-    counts = labels != ignore_index
-    targets = labels.where(counts, 0)[:, None]
     log_softmax = logits.to(scale.dtype).log_softmax(1)
-    loss = -log_softmax.gather(1, targets)[:, 0].where(counts, 0)
+    loss = -log_softmax.gather(1, labels[:, None])[:, 0]
     gradient = log_softmax.exp_()
-    gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1))
-    logits.copy_(gradient * scale.where(counts, 0)[:, None])  # scale may be infinite where no row counts
+    gradient.scatter_add_(1, labels[:, None], gradient.new_full((len(labels), 1), -1))
+    logits.copy_(gradient * scale)
     return loss
 
 
 @triton.jit
-def _softmax_gradient_kernel(
-    logits, labels, scale, loss, ignore_index: tl.constexpr, width: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _softmax_gradient_kernel(logits, labels, scale, loss, width: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
-    counts = label != ignore_index
     logits += row * width
     column = tl.arange(0, COLUMNS)
-    if counts:
-        known = (label >= 0) & (label < width)  # an impossible label makes the loss NaN
-        # before anything is overwritten
-        picked = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
-        highest = tl.full((COLUMNS,), -1e38, tl.float32)  # finite: what is minus infinity may be subtracted from it
-        total = tl.zeros((COLUMNS,), tl.float32)
-        for first in range(0, width, COLUMNS):  # every lane its own running maximum: one reduction at the end
-            x = tl.load(logits + first + column, mask=first + column < width, other=-float("inf")).to(tl.float32)
-            higher = tl.maximum(highest, x)
-            total = total * tl.exp(highest - higher) + tl.exp(x - higher)
-            highest = higher
-        top = tl.max(highest, 0)
-        of_all = tl.sum(total * tl.exp(highest - top), 0)
-        tl.store(loss + row, top + tl.log(of_all) - picked)
-        factor = tl.load(scale)
-        shared = factor / of_all
-        for first in range(0, width, COLUMNS):
-            at = first + column
-            x = tl.load(logits + at, mask=at < width, other=-float("inf")).to(tl.float32)
-            value = tl.exp(x - top) * shared - tl.where(at == label, factor, 0.0)
-            tl.store(logits + at, value.to(logits.dtype.element_ty), mask=at < width)
-    else:
-        tl.store(loss + row, 0.0)
-        for first in range(0, width, COLUMNS):
-            tl.store(
-                logits + first + column, tl.zeros((COLUMNS,), logits.dtype.element_ty), mask=first + column < width
-            )
+    known = (label >= 0) & (label < width)  # an impossible label makes the loss NaN
+    # before anything is overwritten
+    picked = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
+    highest = tl.full((COLUMNS,), -1e38, tl.float32)  # finite: what is minus infinity may be subtracted from it
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, width, COLUMNS):  # every lane its own running maximum: one reduction at the end
+        x = tl.load(logits + first + column, mask=first + column < width, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(highest, x)
+        total = total * tl.exp(highest - higher) + tl.exp(x - higher)
+        highest = higher
+    top = tl.max(highest, 0)
+    of_all = tl.sum(total * tl.exp(highest - top), 0)
+    tl.store(loss + row, top + tl.log(of_all) - picked)
+    factor = tl.load(scale)
+    shared = factor / of_all
+    for first in range(0, width, COLUMNS):
+        at = first + column
+        x = tl.load(logits + at, mask=at < width, other=-float("inf")).to(tl.float32)
+        value = tl.exp(x - top) * shared - tl.where(at == label, factor, 0.0)
+        tl.store(logits + at, value.to(logits.dtype.element_ty), mask=at < width)

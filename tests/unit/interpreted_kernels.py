@@ -94,14 +94,13 @@ def test_squared_relu_keeps_a_nan():
 def test_softmax_gradient(width):
     logits, scale = 4 * values(5, width), torch.tensor([0.25])
     logits[2:4, : width // 2] = -float("inf")
-    labels = torch.tensor([0, width - 1, -100, width - 2, width // 2])
+    labels = torch.tensor([0, width - 1, width // 3 * 2, width - 2, width // 2])
     expected = logits.clone()
-    of_rows = cross_entropy.softmax_gradient_torch_(expected, labels, scale, -100)
-    found = cross_entropy.softmax_gradient_(logits, labels, scale, -100)
+    of_rows = cross_entropy.softmax_gradient_torch_(expected, labels, scale)
+    found = cross_entropy.softmax_gradient_(logits, labels, scale)
     # exp of values up to 30: their own rounding counts 30 times; sums of `width` of them in fp32
     torch.testing.assert_close(found, of_rows, rtol=64 * EPSILON, atol=64 * EPSILON)
     torch.testing.assert_close(logits, expected, rtol=128 * EPSILON, atol=EPSILON)
-    assert not logits[2].any()
 
 
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 1), (5, 24), (70, 128), (3, 1032)])

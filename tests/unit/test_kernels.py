@@ -83,7 +83,7 @@ COMPILED = {
     "softmax gradient": (
         cross_entropy._softmax_gradient_kernel,
         ["*bf16", "*i64", "*fp32", "*fp32"],
-        {"ignore_index": -100, "width": 151_936, "COLUMNS": 8192},
+        {"width": 151_936, "COLUMNS": 8192},
     ),
     "rms norm": (
         rms_norm._forward_kernel,
@@ -192,6 +192,19 @@ def test_linear_cross_entropy_is_that_of_all_logits(chunk_bytes, divisor, frozen
     found = cross_entropy.linear_cross_entropy(hidden, weight, labels, given)
     torch.testing.assert_close(found, total)
     for one, other in zip(torch.autograd.grad(3 * found, wanted), torch.autograd.grad(3 * total, wanted), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_nothing_is_computed_of_rows_that_do_not_count(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 2 * 11 * 8)  # two rows
+    hidden, weight = _values(7, 4), _values(11, 4).requires_grad_()
+    labels = torch.tensor([-100, 3, 7, -100, 0, -100, -100])
+    counts = labels != -100
+    hidden[~counts] = float("nan")
+    hidden.requires_grad_()
+    found = torch.autograd.grad(cross_entropy.linear_cross_entropy(hidden, weight, labels), (hidden, weight))
+    total = torch.nn.functional.cross_entropy(hidden[counts] @ weight.T, labels[counts])
+    for one, other in zip(found, torch.autograd.grad(total, (hidden, weight)), strict=True):
         torch.testing.assert_close(one, other)
 
 
