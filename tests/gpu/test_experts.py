@@ -14,7 +14,7 @@ from tests.families import build_tiny, experts_modules
 pytestmark = pytest.mark.gpu
 
 SIZES = {"hidden_size": 512, "moe_intermediate_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
-FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "deepseek_v3"]
+FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "deepseek_v3", "gemma4"]
 NUM_TOKENS, TOP_K = 2048, 4
 
 BF16_SLACK = 1.3
