@@ -1,6 +1,11 @@
 """Loading by shards gives what plain transformers gives, bit for bit, and reads no rank more than its part."""
 
+import errno
 import gc
+import json
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +145,70 @@ def test_every_weight_buffer_and_loss_is_that_of_plain_transformers(
 
 def losses(ranks: list[dict[str, tuple[int, list[str], float]]]) -> list[dict[str, float]]:
     return [{case: each[2] for case, each in rank.items()} for rank in ranks]
+
+
+def read_a_damaged_copy(families: list[str], folder: Path, damage: str) -> tuple[str, str, list[str]]:
+    """prepare() on a rank that has its own copy of a checkpoint, as on a local disk; that of rank 1 suffers meanwhile.
+
+    Returns:
+        The error, its class and message, and which weights are then not those of plain transformers.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    mine = shutil.copytree(folder / families[0] / "hub", folder / f"rank-{accelerator.process_index}")
+    index = json.loads((mine / "model.safetensors.index.json").read_text())
+    file = mine / index["weight_map"]["model.layers.1.mlp.experts.7.down_proj.weight"]
+    model = model_class(families[0]).from_pretrained(mine)
+    if accelerator.process_index == 1:
+        DAMAGES[damage](file)
+    try:
+        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    except Exception as error:
+        return type(error).__name__, str(error), []
+    truth, found = torch.load(mine / "truth.pt", weights_only=True)[0], whole(model.state_dict())
+    return "none", "", [name for name, each in found.items() if not _equal(truth.get(name), each)]
+
+
+def fail_reads(error: Exception) -> None:
+    def preadv(*_: Any) -> int:
+        raise error
+
+    os.preadv = preadv
+
+
+DAMAGES = {
+    "cut-short": lambda file: os.truncate(file, 5000),
+    "unreadable": lambda _: fail_reads(OSError(errno.EIO, "Input/output error")),
+    "no-memory": lambda _: fail_reads(MemoryError("none left")),
+    "deleted": lambda file: file.unlink(),
+}
+ON_FSDP2 = with_moe_config(ep_size=2)
+ON_DDP = {**with_moe_config(ep_size=1), "ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "damage", "told"),
+    [
+        pytest.param(ON_FSDP2, "cut-short", r"rank 1: {folder}/rank-1/model-\d+-of-\d+.safetensors is cut short: ", id="cut"),
+        pytest.param(ON_FSDP2, "unreadable", r"rank 1: {folder}/rank-1/\S+ cannot be read: Input/output error", id="eio"),
+        pytest.param(ON_FSDP2, "no-memory", "rank 1: its part of the checkpoint .* MemoryError: none left", id="no-memory"),
+        pytest.param(ON_DDP, "cut-short", r"rank 1: {folder}/rank-1/model-\d+-of-\d+.safetensors is cut short: ", id="ddp"),
+    ],
+)
+def test_what_one_rank_cannot_read_ends_all_of_them(folder, tmp_path, environment, damage, told):
+    """At once: nothing that is left waits for the rank that failed."""
+    shutil.copytree(folder / FAMILIES[0] / "hub", tmp_path / FAMILIES[0] / "hub")
+    how = {"families": FAMILIES[:1], "folder": tmp_path, "damage": damage, "timeout_s": 30}
+    ranks = run_ranks(read_a_damaged_copy, 2, environment, **how)
+    own = "MemoryError" if damage == "no-memory" else "CheckpointError"
+    assert [rank[0] for rank in ranks] == ["CheckpointError", own]
+    assert re.match(told.format(folder=re.escape(str(tmp_path))), ranks[0][1]), ranks[0][1]
+    assert ranks[1][1] == ("none left" if damage == "no-memory" else ranks[0][1])
+
+
+def test_files_deleted_after_from_pretrained_are_read_all_the_same(folder, tmp_path):
+    """They were opened then, and are there as long as they are open."""
+    shutil.copytree(folder / FAMILIES[0] / "hub", tmp_path / FAMILIES[0] / "hub")
+    how = {"families": FAMILIES[:1], "folder": tmp_path, "damage": "deleted", "timeout_s": 30}
+    assert run_ranks(read_a_damaged_copy, 2, ON_FSDP2, **how) == [("none", "", [])] * 2
