@@ -1,7 +1,7 @@
 """Memory and time of saving a sharded model: every rank its own part, beside gathering it on rank 0.
 
 needs:     memory for about three times the model, disk for it once; no GPU
-run:       python examples/save_speed.py --gb 4 --ranks 2,4 --out save_speed.json
+run:       python examples/save_speed.py --gb 5 --ranks 2,4 --out examples/save_speed.json
 tested on: 2 cores, 23 GB of memory, torch 2.13.0; numbers in the README
 
 A model of Qwen3-30B-A3B's shapes with as many layers as fit, bf16, FSDP2 with experts over all ranks (gloo).

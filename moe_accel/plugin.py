@@ -185,9 +185,8 @@ def shard_model(accelerator: Accelerator, model: nn.Module, stock: Callable) -> 
 
 def read_whole_models(accelerator: Accelerator, models: list[nn.Module]) -> None:
     """Without FSDP2 every rank needs all weights: those still in their files are read onto its device, one by one."""
-    if not accelerator.is_fsdp2:
-        for model in models:
-            streaming.read_onto(model, accelerator.device if accelerator.device_placement else torch.device("cpu"))
+    if models and not accelerator.is_fsdp2:
+        streaming.read_all_onto(models, accelerator.device if accelerator.device_placement else torch.device("cpu"))
 
 
 def choose_kernels(asked: str, device: torch.device) -> Choice:

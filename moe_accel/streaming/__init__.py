@@ -6,8 +6,17 @@ hook.py      `from_pretrained` of a mixture of experts makes its parameters pend
 fill.py      prepare(): the shards of this rank are read, from the byte ranges they lie in
 """
 
-from moe_accel.streaming.fill import by_shards, read_onto, settle
+from moe_accel.streaming.fill import by_shards, read_all_onto, read_onto, settle
 from moe_accel.streaming.hook import install, shard_on_read
 from moe_accel.streaming.pending import is_pending, pending_parameters
 
-__all__ = ["by_shards", "install", "is_pending", "pending_parameters", "read_onto", "settle", "shard_on_read"]
+__all__ = [
+    "by_shards",
+    "install",
+    "is_pending",
+    "pending_parameters",
+    "read_all_onto",
+    "read_onto",
+    "settle",
+    "shard_on_read",
+]

@@ -3,13 +3,13 @@
     settle        all ranks agree on what is still pending; what only some have read is read by all
     by_shards     pending parameters go to the meta device, where `fully_shard` cuts them without memory; after that
                   each shard gets memory on its device and is read into it
-    read_onto     without FSDP2: whole, one after the other, onto the device
+    read_onto     without FSDP2: whole, one after the other, onto the device; read_all_onto: on all ranks
 
 No collective runs while files are read. A rank that cannot read tells the others afterwards, so that all of them stop.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -51,23 +51,31 @@ def _unsettled(model: nn.Module, common: set[str]) -> list[Pending]:
     return [each for name, each in model.named_parameters() if isinstance(each, Pending) and name not in common]
 
 
-def agree_on_reading(read: Any) -> None:
+def agree_on_reading(read: Callable[[], Any]) -> None:
     """Call `read()`; if it fails on any rank, raise on all of them. A collective call.
 
     Raises:
-        CheckpointError: with the message of the first rank that failed.
+        CheckpointError: with the message of the first rank that failed. A rank whose own failure is of another kind
+            (no memory, say) raises that.
     """
-    failed: tuple[str, str | None] | None = None
+    failure: Exception | None = None
     try:
         read()
-    except CheckpointError as error:
-        failed = (error.message, error.hint)
-        if not _is_distributed():
-            raise
+    except Exception as error:  # whatever it is: the others wait for this rank
+        failure = error
     if _is_distributed():
-        for rank, each in enumerate(gather(failed)):
-            if each is not None:
-                raise CheckpointError(f"rank {rank}: {each[0]}", each[1])
+        for rank, said in enumerate(gather(_what_failed(failure))):
+            if said is not None and (failure is None or isinstance(failure, CheckpointError)):
+                raise CheckpointError(f"rank {rank}: {said[0]}", said[1]) from failure
+    if failure is not None:
+        raise failure
+
+
+def _what_failed(failure: Exception | None) -> tuple[str, str | None] | None:
+    """(message, hint) for the other ranks."""
+    if failure is None or isinstance(failure, CheckpointError):
+        return failure and (failure.message, failure.hint)
+    return f"its part of the checkpoint cannot be read: {type(failure).__name__}: {failure}", None
 
 
 def take_sources(model: nn.Module) -> Sources:
@@ -109,6 +117,15 @@ def read_onto(model: nn.Module, device: torch.device) -> None:
         fill(jobs, bar.update)
     for parameter, value in zip(found.values(), values, strict=True):
         become(parameter, value)
+
+
+def read_all_onto(models: list[nn.Module], device: torch.device) -> None:
+    """Read every pending parameter of these models onto the device of each rank. A collective call.
+
+    Raises:
+        CheckpointError: on all ranks, where one of them cannot read a file.
+    """
+    agree_on_reading(lambda: [read_onto(model, device) for model in models])
 
 
 def _bar(num_bytes: int, is_main: bool) -> Any:

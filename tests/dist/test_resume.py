@@ -1,7 +1,7 @@
 """Training goes on after `save_state` and `load_state` as if it had never stopped, whatever `ep_size` each part has.
 
-An uninterrupted run of four steps saves its state after the second. Another run, of other weights, loads it and does
-the last two steps: same losses, norms and weights.
+An uninterrupted run of five steps saves its state after the second. Another run, of other weights, loads it and does
+the last three steps: same losses, norms and weights; with dropout too, for which every rank has to get its random state back.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from tests.dist.parity import UPDATE_TOLERANCE, assert_all_small, largest_error
 from tests.dist.ranks import STOCK_FSDP2, run_ranks, with_moe_config
 from tests.dist.training import MAX_NORM, OPTIMIZER
-from tests.families import build_tiny, model_class, tiny_inputs, tiny_loss
+from tests.families import build_tiny, model_class, randomise, tiny_inputs, tiny_loss
 
-NUM_STEPS = 4
+NUM_STEPS = 5
 SAVED_AFTER = 2
 NUM_SEQUENCES, SEQUENCE = 4, 13
 
@@ -63,18 +63,36 @@ def train(
     load_from: Path | None = None,
     save_to: Path | None = None,
     forget_optimizer: bool = False,
+    forget_random_state: bool = False,
+    dropout: str = "",
 ) -> Part:
-    """The steps of one run on this rank; losses are this rank's share of that of the global batch."""
+    """The steps of one run on this rank; losses are this rank's share of that of the global batch.
+
+    Args:
+        family: of the model.
+        steps: numbers of the steps to do; they choose the data.
+        seed: of the weights.
+        load_from: folder to resume from.
+        save_to: folder to save to after step SAVED_AFTER.
+        forget_optimizer: as if the folder held no optimizer state.
+        forget_random_state: as if it held no random states.
+        dropout: "attention", or "lora": the model is in PEFT's hands then, and only its adapters are trained.
+    """
     from accelerate import Accelerator
 
     accelerator = Accelerator()
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    model = build_tiny(family, seed=seed)
+    torch.manual_seed(rank if load_from is None else 100 + rank)
+    model = build_tiny(family, seed=seed, **({"attention_dropout": 0.3} if dropout == "attention" else {}))
+    model = with_lora_dropout(model, seed) if dropout == "lora" else model
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
     model, optimizer = accelerator.prepare(model, optimizer)
     loaded = {}
     if load_from is not None:
+        random_state = torch.get_rng_state()
         accelerator.load_state(load_from)
+        if forget_random_state:
+            torch.set_rng_state(random_state)
         loaded = whole(model.state_dict())
     if forget_optimizer:
         optimizer.optimizer.state.clear()
@@ -93,6 +111,14 @@ def train(
             loaded = whole(model.state_dict())
     weights = whole(model.state_dict())
     return Part(losses, norms, weights, loaded) if rank == 0 else Part(losses, norms, {}, {})
+
+
+def with_lora_dropout(model: Any, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "v_proj"]))
+    randomise(adapted, seed=seed, only="lora_")
+    return adapted
 
 
 def whole(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -119,9 +145,10 @@ def uninterrupted(tmp_path_factory):
     """(what the whole run went through, the folder saved after its second step) of a layout; each is run once."""
 
     @functools.cache
-    def run(layout: Layout, kind: str, family: str) -> tuple[Part, Path]:
+    def run(layout: Layout, kind: str, family: str, dropout: str = "") -> tuple[Part, Path]:
         folder = tmp_path_factory.mktemp("state")
-        return spread(layout, kind, family=family, steps=range(NUM_STEPS), save_to=folder), folder
+        steps = range(NUM_STEPS)
+        return spread(layout, kind, family=family, steps=steps, save_to=folder, dropout=dropout), folder
 
     return run
 
@@ -208,6 +235,36 @@ def test_in_the_same_layout_it_goes_on_bit_for_bit(uninterrupted, kind):
     assert_loaded(resumed, run)
     assert (resumed.losses, resumed.norms) == (run.losses[SAVED_AFTER:], run.norms[SAVED_AFTER:])
     assert not [name for name, weight in run.weights.items() if not torch.equal(resumed.weights[name], weight)]
+
+
+WITH_DROPOUT = {
+    "attention": (TWO_RANKS, TWO_RANKS),
+    "lora": (TWO_RANKS, TWO_RANKS),
+    "attention-ep1": (TWO_RANKS, Layout(2, 1)),
+    "attention-ep4": (EP2, EP4),
+}
+
+
+@pytest.mark.parametrize(
+    ("dropout", "saved", "loaded"),
+    [
+        pytest.param(name.split("-")[0], *layouts, id=name, marks=() if name == "attention" else pytest.mark.slow)
+        for name, layouts in WITH_DROPOUT.items()
+    ],
+)
+def test_with_dropout_every_rank_goes_on_with_its_random_state(uninterrupted, dropout, saved, loaded):
+    """Whatever the `ep_size`: rank by rank the data, and so the dropout, is the same."""
+    run, folder = uninterrupted(saved, "SHARDED", "qwen3_moe", dropout)
+    resumed = resume(loaded, "SHARDED", "qwen3_moe", folder, dropout=dropout)
+    assert len(resumed.losses) == 3
+    if saved == loaded:
+        assert (resumed.losses, resumed.norms) == (run.losses[SAVED_AFTER:], run.norms[SAVED_AFTER:])
+    else:
+        assert_goes_on(resumed, run)
+    lost = resume(loaded, "SHARDED", "qwen3_moe", folder, dropout=dropout, forget_random_state=True)
+    assert_loaded(lost, run)
+    off = [abs(one / other - 1) for one, other in zip(lost.losses, run.losses[SAVED_AFTER:], strict=True)]
+    assert min(off) > 10 * UPDATE_TOLERANCE, "or the losses would say nothing about the random state"
 
 
 def test_the_comparison_sees_a_lost_optimizer_state(uninterrupted):

@@ -1,6 +1,11 @@
 """Loading by shards gives what plain transformers gives, bit for bit, and reads no rank more than its part."""
 
+import errno
 import gc
+import json
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +39,33 @@ def before_fork(families: list[str], **_: Any) -> None:
         model_class(family)
 
 
-def kinds(family: str) -> dict[str, dict[str, Any]]:
-    """The checkpoints of a family: how its config and how it is saved."""
-    return {
-        "hub": {},
-        "stacked": {"save_original_format": False},
-        "tied": {"tie_word_embeddings": True},
-    }
+KINDS: dict[str, dict[str, Any]] = {
+    "hub": {},
+    "stacked": {"saving": {"save_original_format": False}},
+    "tied": {"config": {"tie_word_embeddings": True}},
+    "bf16": {"loading": {"dtype": torch.bfloat16}, "families": ["ernie4_5_moe", "deepseek_v3", "nemotron_h"]},
+    "missing": {"drops": "lm_head.weight", "families": ["qwen3_moe", "mixtral"]},
+}
+"""How a checkpoint is made and loaded, and of which families there is one. Those of bf16 keep some weights in fp32."""
 
 
 def write_checkpoints(families: list[str], folder: Path) -> None:
     """In one process, without moe-accel: the checkpoints, and beside them what plain transformers loads from them."""
     for family in families:
-        for kind, how in kinds(family).items():
-            config = {name: value for name, value in how.items() if name == "tie_word_embeddings"}
-            saving = {name: value for name, value in how.items() if name == "save_original_format"}
+        for kind, how in KINDS.items():
+            if family not in how.get("families", families):
+                continue
             target = folder / family / kind
-            build_tiny(family, **config).save_pretrained(target, max_shard_size="60KB", **saving)
+            model = build_tiny(family, **how.get("config", {}))
+            state = {name: each for name, each in model.state_dict().items() if name != how.get("drops")}
+            given = {"state_dict": state} if "drops" in how else {}
+            model.save_pretrained(target, max_shard_size="60KB", **given, **how.get("saving", {}))
             torch.manual_seed(5)
-            loaded, info = model_class(family).from_pretrained(target, output_loading_info=True)
-            truth = dict(loaded.state_dict()) | {f"buffer {name}": each for name, each in loaded.named_buffers()}
+            loaded, info = model_class(family).from_pretrained(target, output_loading_info=True, **how.get("loading", {}))
+            assert ("drops" in how) == bool(info["missing_keys"])
+            truth = dict(loaded.state_dict())
+            assert kind != "bf16" or {each.dtype for each in truth.values()} == {torch.bfloat16, torch.float32}
+            truth |= {f"buffer {name}": each for name, each in loaded.named_buffers()}
             torch.save((truth, told(info), loaded.dtype), target / "truth.pt")
 
 
@@ -82,7 +94,8 @@ def load_and_compare(
             target = folder / family / kind
             truth, info, dtype = torch.load(target / "truth.pt", weights_only=True)
             torch.manual_seed(5 + accelerator.process_index)
-            model, own_info = model_class(family).from_pretrained(target, output_loading_info=True)
+            how = {"output_loading_info": True, **KINDS[kind].get("loading", {})}
+            model, own_info = model_class(family).from_pretrained(target, **how)
             assert told(own_info) == info
             assert (model.dtype, model.device) == (dtype, torch.device("cpu"))
             num_pending = len(list(pending_parameters(model)))
@@ -112,22 +125,26 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("ep_size", "ram_efficient", "families", "kind_names"),
+    ("ep_size", "ram_efficient", "families", "kind_names", "precision"),
     [
-        pytest.param(2, "false", FAMILIES, ["hub", "stacked"], id="ep2-all", marks=pytest.mark.slow),
-        pytest.param(2, "false", FAMILIES[:5], ["hub"], id="ep2"),
-        pytest.param(2, "false", FAMILIES[:1], ["stacked", "tied"], id="ep2-tied"),
-        pytest.param(2, "false", FAMILIES[:3], ["tied"], id="ep2-tied-more", marks=pytest.mark.slow),
-        pytest.param(4, "false", FAMILIES[:4], ["hub"], id="ep4", marks=pytest.mark.slow),
-        pytest.param(1, "false", FAMILIES[:3], ["stacked"], id="ep1", marks=pytest.mark.slow),
-        pytest.param(2, "true", FAMILIES[:2], ["hub"], id="ep2-ram_efficient"),
+        pytest.param(2, "false", FAMILIES, ["hub", "stacked"], "no", id="ep2-all", marks=pytest.mark.slow),
+        pytest.param(2, "false", FAMILIES[:5], ["hub"], "no", id="ep2"),
+        pytest.param(2, "false", FAMILIES[:1], ["stacked", "tied"], "no", id="ep2-tied"),
+        pytest.param(2, "false", FAMILIES[:3], ["tied"], "no", id="ep2-tied-more", marks=pytest.mark.slow),
+        pytest.param(4, "false", FAMILIES[:4], ["hub"], "no", id="ep4", marks=pytest.mark.slow),
+        pytest.param(1, "false", FAMILIES[:3], ["stacked"], "no", id="ep1", marks=pytest.mark.slow),
+        pytest.param(2, "true", FAMILIES[:2], ["hub"], "no", id="ep2-ram_efficient"),
+        pytest.param(2, "false", ["ernie4_5_moe"], ["bf16"], "bf16", id="ep2-keeps-fp32"),
+        pytest.param(4, "false", KINDS["bf16"]["families"], ["bf16"], "bf16", id="ep4-keeps-fp32", marks=pytest.mark.slow),
+        pytest.param(2, "true", ["qwen3_moe"], ["missing"], "no", id="ep2-new-weights"),
+        pytest.param(4, "true", ["qwen3_moe", "mixtral"], ["missing"], "no", id="ep4-new-weights", marks=pytest.mark.slow),
     ],
 )
 def test_every_weight_buffer_and_loss_is_that_of_plain_transformers(
-    folder, ep_size, ram_efficient, families, kind_names
+    folder, ep_size, ram_efficient, families, kind_names, precision
 ):
     environment = {**with_moe_config(ep_size=ep_size), "FSDP_CPU_RAM_EFFICIENT_LOADING": ram_efficient}
-    how = {"families": families, "folder": folder, "kind_names": kind_names, "timeout_s": 500}
+    how = {"families": families, "folder": folder, "kind_names": kind_names, "precision": precision, "timeout_s": 500}
     ranks = run_ranks(load_and_compare, 4, environment, stock=False, **how)
     for rank in ranks:
         assert {case: each[1] for case, each in rank.items() if each[1]} == {}
@@ -140,3 +157,70 @@ def test_every_weight_buffer_and_loss_is_that_of_plain_transformers(
 
 def losses(ranks: list[dict[str, tuple[int, list[str], float]]]) -> list[dict[str, float]]:
     return [{case: each[2] for case, each in rank.items()} for rank in ranks]
+
+
+def read_a_damaged_copy(families: list[str], folder: Path, damage: str) -> tuple[str, str, list[str]]:
+    """prepare() on a rank that has its own copy of a checkpoint, as on a local disk; that of rank 1 suffers meanwhile.
+
+    Returns:
+        The error, its class and message, and which weights are then not those of plain transformers.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    mine = shutil.copytree(folder / families[0] / "hub", folder / f"rank-{accelerator.process_index}")
+    index = json.loads((mine / "model.safetensors.index.json").read_text())
+    file = mine / index["weight_map"]["model.layers.1.mlp.experts.7.down_proj.weight"]
+    model = model_class(families[0]).from_pretrained(mine)
+    if accelerator.process_index == 1:
+        DAMAGES[damage](file)
+    try:
+        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    except Exception as error:
+        return type(error).__name__, str(error), []
+    truth, found = torch.load(mine / "truth.pt", weights_only=True)[0], whole(model.state_dict())
+    return "none", "", [name for name, each in found.items() if not _equal(truth.get(name), each)]
+
+
+def fail_reads(error: Exception) -> None:
+    def preadv(*_: Any) -> int:
+        raise error
+
+    os.preadv = preadv
+
+
+DAMAGES = {
+    "cut-short": lambda file: os.truncate(file, 5000),
+    "unreadable": lambda _: fail_reads(OSError(errno.EIO, "Input/output error")),
+    "no-memory": lambda _: fail_reads(MemoryError("none left")),
+    "deleted": lambda file: file.unlink(),
+}
+ON_FSDP2 = with_moe_config(ep_size=2)
+ON_DDP = {**with_moe_config(ep_size=1), "ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "damage", "told"),
+    [
+        pytest.param(ON_FSDP2, "cut-short", r"rank 1: {folder}/rank-1/model-\d+-of-\d+.safetensors is cut short: ", id="cut"),
+        pytest.param(ON_FSDP2, "unreadable", r"rank 1: {folder}/rank-1/\S+ cannot be read: Input/output error", id="eio"),
+        pytest.param(ON_FSDP2, "no-memory", "rank 1: its part of the checkpoint .* MemoryError: none left", id="no-memory"),
+        pytest.param(ON_DDP, "cut-short", r"rank 1: {folder}/rank-1/model-\d+-of-\d+.safetensors is cut short: ", id="ddp"),
+    ],
+)
+def test_what_one_rank_cannot_read_ends_all_of_them(folder, tmp_path, environment, damage, told):
+    """At once: nothing that is left waits for the rank that failed."""
+    shutil.copytree(folder / FAMILIES[0] / "hub", tmp_path / FAMILIES[0] / "hub")
+    how = {"families": FAMILIES[:1], "folder": tmp_path, "damage": damage, "timeout_s": 30}
+    ranks = run_ranks(read_a_damaged_copy, 2, environment, **how)
+    own = "MemoryError" if damage == "no-memory" else "CheckpointError"
+    assert [rank[0] for rank in ranks] == ["CheckpointError", own]
+    assert re.match(told.format(folder=re.escape(str(tmp_path))), ranks[0][1]), ranks[0][1]
+    assert ranks[1][1] == ("none left" if damage == "no-memory" else ranks[0][1])
+
+
+def test_files_deleted_after_from_pretrained_are_read_all_the_same(folder, tmp_path):
+    """They were opened then, and are there as long as they are open."""
+    shutil.copytree(folder / FAMILIES[0] / "hub", tmp_path / FAMILIES[0] / "hub")
+    how = {"families": FAMILIES[:1], "folder": tmp_path, "damage": "deleted", "timeout_s": 30}
+    assert run_ranks(read_a_damaged_copy, 2, ON_FSDP2, **how) == [("none", "", [])] * 2

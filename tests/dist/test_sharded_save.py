@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from moe_accel.convert.commands import verify
 from tests.dist.ranks import run_alone, run_ranks, with_moe_config
@@ -123,6 +124,10 @@ def test_the_files_are_those_of_plain_save_pretrained(plainly, tmp_path, family,
     names = [name for of_rank in written for name in set(of_rank)]
     assert len(names) == len(set(names)), "no weight is written by two ranks"
     assert_same_checkpoint(tmp_path / "out", plainly(family, layout == "stacked"))
+    files = [load_file(file) for file in (tmp_path / "out").glob("*.safetensors")]
+    assert len(files) > num_writers, "or the limit would not count"
+    for weights in files:
+        assert sum(each.nbytes for each in weights.values()) <= 20_000 or len(weights) == 1
 
 
 def load_and_write(family: str, source: Path, folder: Path) -> None:

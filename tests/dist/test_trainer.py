@@ -29,7 +29,7 @@ CHECKPOINT = f"checkpoint-{SAVE_STEPS}"
 def trained(tmp_path_factory):
     """(Fit, folder with checkpoints and a final save) of a layout; each is run once."""
     run = cached(tmp_path_factory)
-    return lambda layout, kind: run(layout, kind, evaluate=True)
+    return lambda layout, kind, **how: run(layout, kind, evaluate=True, **how)
 
 
 def slow(*case):
@@ -83,6 +83,19 @@ def test_training_resumes_at_another_ep_size(trained, tmp_path, kind, saved, res
     assert_same_fit(tried, truth, resumed=True)
 
 
+@pytest.mark.slow
+def test_with_dropout_every_rank_goes_on_with_its_random_state(trained, tmp_path):
+    truth, folder = trained(TWO_RANKS, "SHARDED", dropout=0.3)
+    how = {"folder": tmp_path / "out", "seed": 1, "dropout": 0.3}
+    tried = fit_on_ranks(TWO_RANKS, "SHARDED", **how, resume_from=folder / CHECKPOINT)
+    assert (tried.losses, tried.norms) == (truth.losses[SAVE_STEPS:], truth.norms[SAVE_STEPS:])
+    lost = shutil.copytree(folder / CHECKPOINT, tmp_path / CHECKPOINT)
+    for file in lost.glob("rng_state_*.pth"):
+        file.unlink()
+    without = fit_on_ranks(TWO_RANKS, "SHARDED", **how, resume_from=lost)
+    assert without.losses != tried.losses, "or the losses would say nothing about the random state"
+
+
 @KINDS
 def test_the_final_save_loads_in_plain_transformers_with_nothing_missing(trained, kind):
     truth, folder = trained(TWO_RANKS, kind)
@@ -117,7 +130,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": SAVE_STEPS, "load_best_model_at_
     ids=str,
 )
 def test_the_best_model_has_its_experts_back(tmp_path, kind, layout):
-    """The learning rate of the last two steps is far too high, so the best checkpoint is that before them."""
+    """The learning rate of the last three steps is far too high, so the best checkpoint is that before them."""
     trained = fit_on_ranks(layout, kind, folder=tmp_path, spoil_from=SAVE_STEPS, arguments=BEST)
     assert trained.best == str(tmp_path / CHECKPOINT)
     assert len(different(trained.last, trained.saved[SAVE_STEPS])) == len(trained.last), "every weight was spoilt"

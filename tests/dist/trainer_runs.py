@@ -18,7 +18,7 @@ from tests.families import build_tiny, model_class, tiny_inputs
 
 FAMILY = "qwen3_moe"
 AUX_LOSS = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
-NUM_STEPS, SAVE_STEPS = 4, 2
+NUM_STEPS, SAVE_STEPS = 6, 3
 NUM_EVAL = 7
 """Not a multiple of the ranks' batches: the last one is uneven."""
 
@@ -89,6 +89,7 @@ def fit(
     spoil_from: int | None = None,
     save_as: Path | None = None,
     evaluate: bool = False,
+    dropout: float = 0.0,
     arguments: Mapping[str, Any] = {},
 ) -> Fit:
     """Train a tiny Qwen3-MoE with Trainer on this rank.
@@ -101,6 +102,7 @@ def fit(
         spoil_from: step from which the learning rate is far too high.
         save_as: folder of a final `save_model`.
         evaluate: `evaluate` and `predict` after training, on uneven batches.
+        dropout: of attention.
         arguments: of TrainingArguments, on top of ARGUMENTS.
     """
     from transformers import Trainer, TrainingArguments
@@ -110,7 +112,7 @@ def fit(
 
         arguments = {**arguments, "parallelism_config": MoEConfig(ep_size=ep_size_argument)}
     trainer = Trainer(
-        model=build_tiny(FAMILY, seed=seed, **AUX_LOSS),
+        model=build_tiny(FAMILY, seed=seed, attention_dropout=dropout, **AUX_LOSS),
         args=TrainingArguments(str(folder), **{**ARGUMENTS, **arguments}),
         train_dataset=examples(64, seed=0),
         eval_dataset=examples(NUM_EVAL, seed=1),
@@ -223,7 +225,7 @@ def failures(layout: Layout, kind: str, run: Any = fit, **how: Any) -> list[tupl
 
 
 def cached(factory: Any, function: Any = fit) -> Any:
-    """`run(layout, kind, **how)`: (Fit, output folder) with a checkpoint every second step, each run once a module."""
+    """`run(layout, kind, **how)`: (Fit, output folder) with a checkpoint every third step, each run once a module."""
 
     @functools.cache
     def run(layout: Layout, kind: str, **how: Any) -> tuple[Fit, Path]:

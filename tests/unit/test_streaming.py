@@ -181,6 +181,18 @@ def test_where_it_cannot_be_the_reason_is_said(saved, tmp_path, how, capsys, mon
     assert ("device_map was given" if "device_map" in how else "no safetensors files") in told
 
 
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_rank_0_shows_how_far_it_is(saved, capsys, monkeypatch, rank, shown):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    model = load(saved)
+    num_bytes = sum(each.nbytes for each in model.parameters())
+    capsys.readouterr()
+    read_onto(model, torch.device("cpu"))
+    told = capsys.readouterr().err
+    assert ("Loading shards: 100%" in told and f"{num_bytes / 1e3:.0f}k/{num_bytes / 1e3:.0f}k" in told) == shown, told
+
+
 def damage(folder: Path, kind: str) -> str:
     """Damage one file of a checkpoint; returns the name of the file that the error has to give."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
