@@ -58,7 +58,7 @@ class Checkpoint:
     def identify(self, state: Any) -> None:
         """Add to a hash what the files are: equal for files that nobody touched in between."""
         for name, header in sorted(self.headers.items()):
-            state.update(f"\0{name} {header.file_bytes} {header.mtime_ns}".encode() + header.raw)
+            state.update(os.fsencode(f"\0{name} {header.file_bytes} {header.mtime_ns}") + header.raw)
 
     def other(self, name: str) -> Path:
         """Where one of `others` lies."""

@@ -273,3 +273,14 @@ def test_a_name_that_the_terminal_cannot_print_stops_nothing(source, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert "au\\xdfen: 1 files" in done.stdout
+
+
+def test_a_file_name_that_is_no_text_is_converted_like_any_other(tmp_path, monkeypatch, capsys):
+    folder = write_model(tmp_path / "mixtral", mixtral(3), {"model_type": "mixtral"})
+    try:
+        os.rename(folder / "model.safetensors", os.fsencode(folder) + b"/m\xff.safetensors")
+    except OSError:
+        pytest.skip("this file system has names of text alone")
+    assert call(monkeypatch, "convert", folder, tmp_path / "out", "--to", "stacked") == 0
+    assert call(monkeypatch, "verify", folder, tmp_path / "out") == 0
+    assert "equal: 9 expert matrices" in capsys.readouterr().out
