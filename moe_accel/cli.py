@@ -1,5 +1,6 @@
 """The command line: parse, call, render. Imports neither torch nor accelerate before a command needs them."""
 
+import io
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -377,6 +378,9 @@ def _request(
 
 def main() -> None:
     """Entry point of `moe-accel`: exit 2 with `error:` and `hint:` on stderr for what the user can mend."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal has no letters for is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if not show_help(app, sys.argv[1:]):
             app()

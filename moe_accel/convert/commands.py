@@ -15,6 +15,8 @@ from moe_accel.convert.work import Progress, silent
 SCHEMA = 1
 SHOWN = 10
 """Lines shown of a list that can be long; `--json` has all of it."""
+WIDE = 400
+"""Columns of a table that is not printed on a terminal."""
 EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
@@ -124,7 +126,8 @@ def print_table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> 
         )
     for row in rows:
         table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
+    width = None if sys.stdout.isatty() else WIDE  # in a file, a name stays in one piece
+    Console(markup=False, highlight=False, width=width).print(table)
 
 
 def _job_record(job: run.Job) -> dict[str, Any]:
@@ -160,7 +163,7 @@ def _print_job(job: run.Job) -> None:
     print_table("Experts", ["prefix", "layers", "experts", "from", "to"], rows)
     print(
         f"{len(job.plan.outputs)} tensors, {format_size(job.num_bytes)} in {len(job.shards)} files; "
-        f"{len(job.plan.passed_through)} tensors pass through unchanged, "
+        f"{len(job.plan.passed_through)} tensors pass through unchanged (--json lists them), "
         f"{len(job.checkpoint.others)} other files go along"
     )
     if lossy := job.dequantization:

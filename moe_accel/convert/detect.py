@@ -14,7 +14,8 @@ from moe_accel.convert.layout import ExpertLayout, Families, Family, Slot, range
 from moe_accel.convert.regions import Tensor
 from moe_accel.errors import CheckpointError
 
-_NUMBER = re.compile(r"(.*expert_|weight|bias|)(\d+)")  # of a word: what stands between the dots of a name
+_COMPANIONS = r"weight(?:_scale(?:_inv|_2)?|_packed|_shape)?|bias|input_scale|activation_scale"
+_NUMBER = re.compile(rf"(.*expert_|{_COMPANIONS}|)(\d+)")  # of a word: what stands between the dots of a name
 PACKED = frozenset({"U8", "I8", "I32", "F4", "F6_E2M3", "F6_E3M2"})  # several numbers, or a part of one, in an element
 MOST_EXPERTS = 1_000_000  # of a layer; a name with a larger number is damaged
 STACKED = -1  # the expert of a tensor that holds all
@@ -121,8 +122,10 @@ def detect(
         if group.num_experts < expected:
             gone = ranges(range(group.num_experts, expected))
             problems.append(f"experts {gone} of {expected} missing in {group.moe}, which other layers have")
-        if num_experts is not None and group.num_experts != num_experts and not group.family.partial_down:
-            problems.append(f"{group.moe} has {group.num_experts} experts, config.json says {num_experts}")
+    found = max(most.values(), default=0)
+    if num_experts is not None and 0 < found < num_experts:
+        gone = ranges(range(found, num_experts))
+        problems.append(f"experts {gone} of {num_experts}, as config.json says, missing in every layer")
     if problems:
         shown = problems[:10] + ([f"and {len(problems) - 10} more problems"] if len(problems) > 10 else [])
         raise CheckpointError("experts cannot be converted:\n" + "\n".join(f"  - {problem}" for problem in shown))
@@ -181,8 +184,9 @@ def _patterns(families: Families, model_type: str | None) -> Iterator[Pattern]:
     layouts += [(named, layout) for layout in families.targets.values()]
     for family, layout in layouts:
         for slot in layout.slots:
-            for suffix in ("", *families.companions):
-                yield family, layout, slot, suffix, layout.companion(slot, suffix)
+            named = {layout.companion(slot, suffix): suffix for suffix in reversed(("", *families.companions))}
+            for pattern, suffix in named.items():  # of two that a layout calls the same, the first
+                yield family, layout, slot, suffix, pattern
 
 
 def _hits(template: str, patterns: list[Pattern], model_type: str | None) -> list[_Hit]:

@@ -90,10 +90,15 @@ def read_header(file: Path) -> Header:
     return Header(file, tensors, starts, metadata, raw, status.st_size, status.st_mtime_ns)
 
 
+def lfs_pointer(file: Path) -> CheckpointError:
+    """The error of a file that git has not fetched."""
+    return CheckpointError(f"{file} is a Git LFS pointer, not the file itself", "git lfs pull")
+
+
 def _read_raw(file: Path, stream: Any, file_bytes: int) -> bytes:
     start = stream.read(len(LFS_START))
     if start == LFS_START:
-        raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself", "git lfs pull")
+        raise lfs_pointer(file)
     if file_bytes < 8:
         raise CheckpointError(
             f"{file} is cut short: needs 8 bytes for the length of its header, has {file_bytes}", AGAIN

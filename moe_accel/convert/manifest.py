@@ -5,8 +5,9 @@
      "tensors": {"lm_head.weight": {"dtype": "BF16", "shape": [151936, 2048], "digest": ...}},
      "files": {"model.safetensors": 3087467144}}
 
-`digests` go by expert; an expert of another dtype or shape than the first stands in a role of its own, `gate@17`. Equal
-entries mean equal matrices, whether they lie in one tensor or in a thousand.
+`digests` go by expert; an expert of another dtype or shape than the first stands in a role of its own, `gate@17`. A
+tensor that is renamed with the experts stands among their roles, with one digest. Equal entries mean equal matrices,
+whether they lie in one tensor or in a thousand.
 """
 
 import json
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_accel.convert.digest import ALGORITHM
-from moe_accel.convert.regions import Part, Region, Tensor, whole
+from moe_accel.convert.regions import BESIDE, Part, Region, Tensor, whole
 
 SCHEMA = 1
 PartKey = tuple[str, int, str]
@@ -53,7 +54,8 @@ def make_manifest(
             roles = experts.setdefault(part.layer, {})
             dtype, shape = tensors[part.region.tensor].dtype, [part.region.rows, part.region.cols]
             entry = roles.setdefault(part.role, {"dtype": dtype, "shape": shape, "digests": []})
-            if (entry["dtype"], entry["shape"], len(entry["digests"])) != (dtype, shape, part.expert):
+            alike = (entry["dtype"], entry["shape"], len(entry["digests"])) == (dtype, shape, part.expert)
+            if not alike and part.expert != BESIDE:
                 entry = roles[f"{part.role}@{part.expert}"] = {"dtype": dtype, "shape": shape, "digests": []}
             entry["digests"].append(digests[part.region])
         manifest |= {

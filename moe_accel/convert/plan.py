@@ -6,52 +6,19 @@ equal for all experts of a layer is found once: a loop over experts only makes t
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count, pairwise
-from typing import NamedTuple
 
-from moe_accel.convert.detect import PACKED, STACKED, Group, chunks, detect
+from moe_accel.convert.detect import PACKED, Group, chunks, detect
 from moe_accel.convert.layout import TARGETS, ExpertLayout, Families, Family, Slot
+from moe_accel.convert.pieces import At, Piece, Pieces, Refused, pieces, placed
 from moe_accel.convert.quantized import USUAL_BLOCKS
-from moe_accel.convert.regions import Copy, Layout, Output, Part, Plan, Region, Tensor, whole, whole_output
+from moe_accel.convert.regions import BESIDE, Copy, Layout, Output, Part, Plan, Region, Tensor, whole, whole_output
 from moe_accel.errors import CheckpointError
 
+_DO = {True: "do", False: "do not"}
 _SUB_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
-
-
-class Piece(NamedTuple):
-    """One matrix where it lies.
-
-    `form`: how a file of its own would hold it, `matrix`, `vector`, `one` ([1]) or `number` ([]); `shape`: as what.
-    """
-
-    region: Region
-    dtype: str
-    form: str
-    shape: tuple[int, ...]
-
-
-At = tuple[int, int, int]  # offset, row stride and column stride
-Pieces = dict[tuple[str, str], dict[int, Piece]]  # by (role, suffix) and expert
-
-
-class _Inside(NamedTuple):
-    """How the matrices of `num` experts lie in tensors of one kind and shape, `size` elements an expert.
-
-    `ats`: by role, the pieces found so far, then offset, row stride and column stride of the first expert.
-    """
-
-    num: int
-    size: int
-    rows: int
-    cols: int
-    form: str
-    shape: tuple[int, ...]
-    ats: list[tuple[dict[int, Piece], int, int, int]]
-
-
-class _Refused(Exception):
-    """Why a group cannot be written exactly."""
 
 
 def make_plan(
@@ -69,7 +36,7 @@ def make_plan(
         target: one of `TARGETS`: `stacked` is what transformers holds in memory, `hub` what the family publishes.
         families: from `load_families`.
         model_type: from config.json; decides between families that names and shapes cannot tell apart.
-        num_experts: from config.json, to be compared with what is found.
+        num_experts: the largest number in config.json, which what is found must reach.
         scale_rows: rows of a scale's block, from config.json; None: inferred from shapes.
 
     Raises:
@@ -85,7 +52,7 @@ def make_plan(
         )
     outputs: dict[str, Output] = {}
     consumed: dict[str, tuple[Output, ...]] = {}
-    refused, notes, moved = [], [], {}
+    refused, notes, moved, stems = [], [], {}, set()
     layouts: dict[tuple[str, str, str, int], int] = {}
     for group in groups:
         family, to = _target(group, target, families, model_type, notes)
@@ -94,19 +61,21 @@ def make_plan(
             continue
         key = (group.prefix, group.layout.name, to.name, group.num_experts)
         layouts[key] = layouts.get(key, 0) + 1
-        moved.update(_moves(group, family, to, tensors))
         if to is group.layout:
             notes.append(f"{group.prefix}: already {target} ({family.name} {to.name}); left as it is")
             continue
+        moved.update(_moves(group, family, to, tensors))
         try:
             written = tuple(_write(group, to, pieces(group, families), scale_rows))
-        except _Refused as reason:
+        except Refused as reason:
             refused.append(f"{group.moe} to {target}: {reason}")
             continue
         notes += [f"{group.prefix}: {to.note}"] if to.note else []
         names = [tensor.name for tensor in group.tensors()]
+        stems.update(name.removesuffix(".weight") for name in names)
         consumed.update(dict.fromkeys(names, ()))
         consumed[names[0]] = written
+    refused += _strays(tensors, consumed, stems)
     if refused:
         said = "\n".join(f"  - {one}" for one in _unique(refused)[:10])
         raise CheckpointError(f"cannot be converted exactly:\n{said}")
@@ -129,7 +98,7 @@ def make_plan(
 def parts(tensors: Mapping[str, Tensor], families: Families, model_type: str | None = None) -> Iterator[Part]:
     """Every matrix of every expert under a name that does not depend on the layout.
 
-    Tensors that are renamed with the experts come too, as expert -1. Tensors that no part names (packed formats,
+    Tensors that are renamed with the experts come too, as expert `BESIDE`. Tensors that no part names (packed formats,
     everything that is no expert) are the same in all layouts and are compared by name.
 
     Raises:
@@ -138,7 +107,7 @@ def parts(tensors: Mapping[str, Tensor], families: Families, model_type: str | N
     for group in detect(tensors, families, model_type):
         try:
             found = pieces(group, families)
-        except _Refused:
+        except Refused:
             continue
         for (role, suffix), of in found.items():
             layer, name = group.layer, f"{role}.{suffix}" if suffix else role
@@ -147,7 +116,7 @@ def parts(tensors: Mapping[str, Tensor], families: Families, model_type: str | N
         for move in group.family.moves:
             for name in dict.fromkeys(_moved_names(group, move)):
                 if name in tensors:
-                    yield Part(group.layer, -1, next(iter(move.values())), whole(tensors[name]))
+                    yield Part(group.layer, BESIDE, next(iter(move.values())).partition("}.")[2], whole(tensors[name]))
                     break
 
 
@@ -209,92 +178,26 @@ def _block(group: Group, to: ExpertLayout) -> str:
 
 
 def _moves(group: Group, family: Family, to: ExpertLayout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Old and new name of tensors beside the experts."""
+    """Old and new name of tensors beside the experts. Other tools' layouts leave them what they are called."""
     for move in family.moves:
-        if group.layout.name in move and to.name in move and family is group.family:
-            old = _name(move[group.layout.name], group.layer, group.block)
+        if to.name in move and family is group.family:
             new = _name(move[to.name], group.layer, _block(group, to))
-            if old in tensors and old != new:
+            old = next((name for name in _moved_names(group, move) if name in tensors), new)
+            if old != new:
                 yield old, new
-
-
-def _at(layout: ExpertLayout, roles: tuple[str, ...], role: str, rows: int, cols: int, vector: bool) -> At:
-    """Where one role's matrix lies in the tensor of its expert."""
-    index, num = roles.index(role), len(roles)
-    if num > 1 and layout.order == "up-gate":
-        index = num - 1 - index
-    interleaved = num > 1 and layout.order == "interleaved"
-    if role in layout.transposed and not vector:
-        return (index, num, num * rows) if interleaved else (index * rows, 1, num * rows)
-    return (index * cols, num * cols, 1) if interleaved else (index * rows * cols, cols, 1)
-
-
-def pieces(group: Group, families: Families) -> Pieces:
-    """Where the source holds every matrix."""
-    found: Pieces = {}
-    for _, suffix, _ in group.members:
-        if suffix and families.companions[suffix].rule == "fixed":
-            raise _Refused(f"{suffix}: {families.companions[suffix].reason}")
-    starts = chunks(group)
-    for (slot, suffix, branch), of in sorted(group.members.items(), key=lambda item: item[0][0].roles != ("down",)):
-        roles, stacked = group.roles(slot), STACKED in of
-        known: dict[tuple[int, ...], _Inside] = {}
-        for expert in sorted(of):
-            name, dtype, shape = of[expert]
-            if shape not in known:
-                known[shape] = _inside(group, slot, roles, suffix, of[expert], found)
-            num, size, rows, cols, form, alone, ats = known[shape]
-            first = starts[branch] if stacked else expert
-            for role_pieces, offset, down, right in ats:
-                for local in range(num):
-                    region = Region(name, offset + local * size, rows, cols, down, right)
-                    role_pieces[first + local] = Piece(region, dtype, form, alone)
-    return found
-
-
-def _inside(group: Group, slot: Slot, roles: tuple[str, ...], suffix: str, tensor: Tensor, found: Pieces) -> _Inside:
-    """How the matrices lie in `tensor`, and in every other of its kind and shape."""
-    shape, flat = tensor.shape, group.layout.flat
-    num = 1 if slot.per_expert else group.num_experts if flat else shape[0]
-    tail = shape if slot.per_expert else (shape[0] // num, *shape[1:]) if flat else shape[1:]
-    rows, cols, form = _tail(group, slot, roles, suffix, tail, tensor, found)
-    alone = {"matrix": (rows, cols), "vector": (rows,), "one": (1,), "number": ()}[form]
-    ats = [
-        (found.setdefault((role, suffix), {}), *_at(group.layout, roles, role, rows, cols, form != "matrix"))
-        for role in (roles if num else ())
-    ]
-    return _Inside(num, len(roles) * rows * cols, rows, cols, form, alone, ats)
-
-
-def _tail(group, slot, roles, suffix, tail, tensor, found) -> tuple[int, int, str]:
-    """Rows, columns and form of one role's part of a tensor of shape `tail`."""
-    num = len(roles)
-    if len(tail) > 2:
-        raise _Refused(f"{tensor.name} {list(tensor.shape)} has more dimensions than a matrix")
-    if not tail:
-        if num > 1:
-            raise _Refused(f"{tensor.name} is one number for gate and up together")
-        return 1, 1, "number"
-    rows, cols = (tail[0], 1) if len(tail) == 1 else reversed(tail) if roles[-1] in group.layout.transposed else tail
-    if rows % num:
-        raise _Refused(f"{tensor.name} {list(tensor.shape)} holds one scale for gate and up together")
-    rows //= num
-    if len(tail) == 2:
-        return rows, cols, "matrix"
-    if suffix and suffix != "bias" and rows == 1:
-        of_down = next(iter(found.get(("down", suffix), {}).values()), None)
-        return 1, 1, "one" if num == 1 or (of_down is not None and of_down.form == "one") else "number"
-    return rows, cols, "vector"
 
 
 def _write(group: Group, to: ExpertLayout, found: Pieces, scale_rows: int | None) -> Iterator[Output]:
     """The tensors of the target, each with its copies."""
+    biased = any(suffix == "bias" for _, suffix in found)
+    if to.biased is not None and biased != to.biased:
+        raise Refused(f"{to.family} {to.name} has {'' if to.biased else 'no '}biases, these experts {_DO[biased]}")
     for slot in to.slots:
-        roles = tuple(role for role in slot.roles if (role, "") in found)
+        roles = tuple(role for role in slot.roles if any(role == other for other, _ in found))
         if not roles:
-            raise _Refused(f"{to.name} keeps {' and '.join(slot.roles)}, which these experts do not have")
+            raise Refused(f"{to.name} keeps {' and '.join(slot.roles)}, which these experts do not have")
         if len(roles) < len(slot.roles) and (to.order == "interleaved" or to.blocks is not None):
-            raise _Refused(f"{to.name} needs a gate, and these experts have none")
+            raise Refused(f"{to.name} needs a gate, and these experts have none")
         for suffix in dict.fromkeys(suffix for role, suffix in found if role in roles):
             of = [found.get((role, suffix), {}) for role in roles]
             _exact(group, to, slot, roles, suffix, of, found, scale_rows)
@@ -311,14 +214,14 @@ def _write(group: Group, to: ExpertLayout, found: Pieces, scale_rows: int | None
                 shapes = list(dict.fromkeys(piece.shape for piece in by_role[0]))
                 if len(shapes) > 1:
                     sizes = f"{list(shapes[0])} and {list(shapes[1])}"
-                    raise _Refused(
+                    raise Refused(
                         f"experts of different sizes, {sizes}, cannot share one tensor; --to te-grouped or per-expert can"  # noqa: E501
                     )
                 name = _name(pattern, group.layer, block, branch=to.branches[branch] if to.branches else "")
                 yield from _outputs(to, slot, roles, [(name, by_role)])
     extra = sorted({role for role, _ in found} - set(to.roles))
     if extra:
-        raise _Refused(f"{to.name} has no place for {' and '.join(extra)}")
+        raise Refused(f"{to.name} has no place for {' and '.join(extra)}")
 
 
 def _outputs(
@@ -330,8 +233,8 @@ def _outputs(
         (region, dtype, form, alone), num = by_role[0][0], len(by_role[0])
         rows, cols = region.rows, region.cols
         if (form, alone) not in known:
-            ats = [_at(to, roles, role, rows, cols, form != "matrix") for role in roles]
-            known[form, alone] = _together(to, slot, len(roles), rows, cols, form), ats
+            ats = [placed(to, roles, role, rows, cols, form) for role in roles]
+            known[form, alone] = _together(to, slot, len(roles), by_role[0][0]), ats
         shape, ats = known[form, alone]
         if to.flat:
             shape = (num * max(shape[:1]), *shape[1:])
@@ -348,31 +251,34 @@ def _outputs(
         yield Output(name, dtype, shape, tuple(chain.from_iterable(zip(*copies, strict=True))))
 
 
-def _together(to: ExpertLayout, slot: Slot, num: int, rows: int, cols: int, form: str) -> tuple[int, ...]:
-    """The shape of `num` roles of one expert in one tensor."""
+def _together(to: ExpertLayout, slot: Slot, num: int, piece: Piece) -> tuple[int, ...]:
+    """The shape of `num` roles of one expert, all like `piece`, in one tensor."""
+    (_, _, rows, cols, _, _), _, form, shape = piece
     if form == "matrix":
         return (cols, num * rows) if slot.roles[-1] in to.transposed else (num * rows, cols)
-    return (num * rows,) if num > 1 or form != "number" else ()
+    return (num * rows, *shape[1:]) if num > 1 or form != "number" else ()
 
 
 def _exact(group, to, slot, roles, suffix, of, found, scale_rows) -> None:
     """Refuses what would need arithmetic, or would no longer mean the same."""
     if any(one.keys() != of[0].keys() for one in of):
-        raise _Refused(f"{suffix or 'weight'} of {' and '.join(roles)} is not there for the same experts")
+        raise Refused(f"{suffix or 'weight'} of {' and '.join(roles)} is not there for the same experts")
     one = next(iter(of[0].values()))
     for other in (next(iter(more.values())) for more in of[1:]):
         if (other.dtype, other.shape) != (one.dtype, one.shape):
-            raise _Refused(
+            raise Refused(
                 f"{one.region.tensor} {one.dtype} {list(one.shape)} and {other.region.tensor} {other.dtype} {list(other.shape)} differ"  # noqa: E501
             )
     if to.flat and (suffix or one.form != "matrix"):
-        raise _Refused(f"{to.name} of {to.family} has no place for {suffix}")
+        raise Refused(f"{to.name} of {to.family} has no place for {suffix}")
+    if one.form == "packed" and to.blocks is None:
+        raise Refused(f"{one.region.tensor} holds packed numbers, and {to.name} defines no place for them")
     if one.dtype in _SUB_BYTE:
-        raise _Refused(f"{one.region.tensor} is {one.dtype}, whose numbers are no whole bytes")
+        raise Refused(f"{one.region.tensor} is {one.dtype}, whose numbers are no whole bytes")
     role = roles[-1]
     turned = (role in to.transposed) != (role in group.layout.transposed)
     if turned and not suffix and one.dtype in PACKED:
-        raise _Refused(f"{one.region.tensor} is {one.dtype}, packed numbers that cannot be turned without unpacking")
+        raise Refused(f"{one.region.tensor} is {one.dtype}, packed numbers that cannot be turned without unpacking")
     source = next(s for s in group.layout.slots if role in s.roles)
     shared = len(roles) > 1 or len(group.roles(source)) > 1
     if not suffix or suffix == "bias" or not shared or one.form == "number":
@@ -384,7 +290,7 @@ def _exact(group, to, slot, roles, suffix, of, found, scale_rows) -> None:
     usual = (scale_rows,) if scale_rows else USUAL_BLOCKS
     size = next((size for size in usual if math.ceil(weight / size) == rows), None)
     if size is None or weight % size:
-        raise _Refused(
+        raise Refused(
             f"{suffix}: gate and up have {weight} rows and {rows} rows of scales, so blocks of {size or 'no usual size'} would "  # noqa: E501
             f"span both; {weight} must be divisible by {size or 128}"
         )
@@ -392,7 +298,19 @@ def _exact(group, to, slot, roles, suffix, of, found, scale_rows) -> None:
         to.order if len(roles) > 1 else "",
         group.layout.order if len(group.roles(source)) > 1 else "",
     ):
-        raise _Refused(f"{suffix}: a scale for {size} rows cannot be interleaved row by row")
+        raise Refused(f"{suffix}: a scale for {size} rows cannot be interleaved row by row")
+
+
+def _strays(tensors: Iterable[str], consumed: Mapping[str, object], stems: set[str]) -> Iterator[str]:
+    """What stays behind while the weight moves to whose name it adds something: it would lose its meaning."""
+    found = [
+        name
+        for name in tensors
+        if name not in consumed and any(name[: at.start()] in stems for at in re.finditer("[._]", name))
+    ]
+    if found:
+        more = f" and {len(found) - 1} more like it" if len(found) > 1 else ""
+        yield f"{found[0]}{more}: it belongs to the weight of an expert, and how it would move is not known"
 
 
 def _unique(items: list[str]) -> list[str]:

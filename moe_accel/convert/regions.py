@@ -62,6 +62,10 @@ class Output(NamedTuple):
     copies: tuple[Copy, ...]
 
 
+BESIDE = -1
+"""Number of the expert in a `Part` that is no expert's: a tensor that is renamed with them."""
+
+
 class Part(NamedTuple):
     """One matrix of one expert, named independently of any layout: what `verify` digests.
 

@@ -65,7 +65,8 @@ def _prepare(source: Path, target: Path, options: Options) -> Job:
     checkpoint = lossy.checkpoint if lossy else checkpoint
     families = load_families(options.family)
     rows, _ = block_size(checkpoint.config) or (None, None)
-    plan = make_plan(checkpoint.tensors, options.to, families, checkpoint.model_type, scale_rows=rows)
+    kind, count = checkpoint.model_type, checkpoint.num_experts
+    plan = make_plan(checkpoint.tensors, options.to, families, kind, count, scale_rows=rows)
 
     def find_parts() -> tuple[list[Part], list[Part]]:
         written = {each.name: Tensor(each.name, each.dtype, each.shape) for each in plan.outputs}

@@ -5,13 +5,15 @@ Symbolic links are followed as far as the directory itself or, in a Hugging Face
 
 import os
 import re
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moe_accel.convert.headers import Header, parse_json, read_header
+from moe_accel.convert.headers import LFS_START, Header, lfs_pointer, parse_json, read_header
 from moe_accel.convert.regions import Tensor
 from moe_accel.errors import CheckpointError
 
@@ -22,6 +24,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 OTHER_WEIGHTS = (".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".tflite", ".ot")
 MAX_INDEX_BYTES = 200_000_000
 TEMPORARY = ".tmp-"
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 
@@ -55,7 +58,7 @@ class Checkpoint:
     def identify(self, state: Any) -> None:
         """Add to a hash what the files are: equal for files that nobody touched in between."""
         for name, header in sorted(self.headers.items()):
-            state.update(f"\0{name} {header.file_bytes} {header.mtime_ns}".encode() + header.raw)
+            state.update(os.fsencode(f"\0{name} {header.file_bytes} {header.mtime_ns}") + header.raw)
 
     def other(self, name: str) -> Path:
         """Where one of `others` lies."""
@@ -66,6 +69,11 @@ class Checkpoint:
         """What config.json says the model is."""
         found = self.config.get("model_type")
         return found if isinstance(found, str) else None
+
+    @property
+    def num_experts(self) -> int | None:
+        """How many experts config.json says a layer has: the largest number it names, one of several counts summed."""
+        return max(_expert_counts(self.config), default=None)
 
     @property
     def metadata(self) -> dict[str, str] | None:
@@ -105,6 +113,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         config = parse_json(file, _read_small(file), "the config")
     others, left_out = _others(folder, roots)
     return Checkpoint(folder, headers, file_of, config, index_metadata, others, left_out)
+
+
+def _expert_counts(config: dict[str, Any]) -> Iterator[int]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _expert_counts(value)
+        elif key in EXPERT_COUNTS:
+            counts = value if isinstance(value, list) else [value]
+            if counts and all(type(each) is int for each in counts):
+                yield sum(counts)
 
 
 def allowed_roots(folder: Path) -> tuple[Path, ...]:
@@ -150,9 +168,15 @@ def _refuse_what_is_no_checkpoint(folder: Path, names: list[str], found: list[st
 
 def _read_small(file: Path) -> bytes:
     try:
-        if file.stat().st_size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, {MAX_INDEX_BYTES} are allowed")
-        return file.read_bytes()
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{file} is not a regular file")
+        if status.st_size > MAX_INDEX_BYTES:
+            raise CheckpointError(f"{file} has {status.st_size} bytes, {MAX_INDEX_BYTES} are allowed")
+        text = file.read_bytes()
+        if text.startswith(LFS_START):
+            raise lfs_pointer(file)
+        return text
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
 
@@ -242,9 +266,15 @@ def _others(folder: Path, roots: tuple[Path, ...]) -> tuple[tuple[str, ...], tup
             if "/" in name or not name.endswith(".safetensors"):
                 left_out.append(name)
         elif name not in (MANIFEST, LOCK) and TEMPORARY not in name:
-            confine(folder / name, roots)
+            _refuse_pointer(confine(folder / name, roots))
             others.append(name)
     return tuple(others), tuple(left_out)
+
+
+def _refuse_pointer(file: Path) -> None:
+    with suppress(OSError), open(file, "rb") as stream:  # what cannot be read is told when it is copied
+        if stream.read(len(LFS_START)) == LFS_START:
+            raise lfs_pointer(file)
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[str]:

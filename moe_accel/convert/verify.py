@@ -15,7 +15,7 @@ from moe_accel.convert.layout import load_families
 from moe_accel.convert.lower import Place, is_plain, place
 from moe_accel.convert.manifest import other_tensors, part_key
 from moe_accel.convert.plan import parts
-from moe_accel.convert.regions import Copy, Part, Region, Tensor, whole
+from moe_accel.convert.regions import BESIDE, Copy, Part, Region, Tensor, whole
 from moe_accel.convert.shards import Shard, natural
 from moe_accel.convert.source import Checkpoint, open_checkpoint
 from moe_accel.convert.work import Progress, default_threads, in_batches, run_all, silent, workers
@@ -158,7 +158,7 @@ class Checker:
         for key in sorted(set(before) | set(after)):
             if key not in before or key not in after or before[key] not in (None, after[key]):
                 raise MismatchError(
-                    f"{' '.join(map(str, key))} is not the same matrix in source and target: "
+                    f"{_name(tuple(map(str, key)))} is not the same matrix in source and target: "
                     f"digest {before.get(key, 'missing')} and {after.get(key, 'missing')}"
                 )
 
@@ -225,12 +225,14 @@ def compare(
     differences |= _compare_bits(a, b, sorted(same), threads or default_threads(), progress)
     ordered = tuple(differences[key] for key in sorted(differences, key=lambda key: [natural(each) for each in key]))
     total = sum(num_bytes(each.dtype, each.shape) for each in a.checkpoint.tensors.values())
-    num_parts = sum(len(key) > 1 for key in a.items)
+    num_parts = sum(len(key) > 1 and key[1] != str(BESIDE) for key in a.items)
     return Comparison(num_parts, len(a.items) - num_parts, total, ordered)
 
 
 def _name(key: tuple[str, ...]) -> str:
-    return key[0] if len(key) == 1 else f"{key[0]} expert {key[1]} {key[2]}"
+    if len(key) == 1:
+        return key[0]
+    return f"{key[0]} {key[2]}" if key[1] == str(BESIDE) else f"{key[0]} expert {key[1]} {key[2]}"
 
 
 def _compare_bits(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_accel import cli
+from moe_accel.convert.headers import read_header
 from moe_accel.convert.job import VERIFY_LEVELS
 from moe_accel.convert.layout import TARGETS
 from moe_accel.convert.regions import Tensor
@@ -69,7 +70,7 @@ def test_convert_prints_its_result_on_stdout_and_nothing_on_stderr(source, tmp_p
     out, err = capsys.readouterr()
     assert err == ""
     assert "62 digests equal" in out
-    assert "8 tensors pass through unchanged, 3 other files go along" in out
+    assert "8 tensors pass through unchanged (--json lists them), 3 other files go along" in out
     assert "training_args.bin" in out
 
 
@@ -192,3 +193,94 @@ def test_a_model_without_experts_is_shown_and_compared_and_not_converted(tmp_pat
     assert capsys.readouterr().out == "equal: 0 expert matrices, 2 other tensors, 10 B\n"
     assert call(monkeypatch, "convert", tmp_path / "dense", tmp_path / "out", "--to", "stacked") == 2
     assert capsys.readouterr().err.startswith("error: no experts found among 2 tensors")
+
+
+def write_model(folder: Path, tensors: dict[str, tuple[int, ...]], config: dict, dtype: str = "BF16") -> Path:
+    folder.mkdir()
+    write_file(folder / "model.safetensors", [Tensor(name, dtype, shape) for name, shape in tensors.items()])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def mixtral(num: int) -> dict[str, tuple[int, ...]]:
+    moe = "model.layers.0.block_sparse_moe"
+    shapes = {"w1": (6, 8), "w3": (6, 8), "w2": (8, 6)}
+    found = {f"{moe}.experts.{e}.{name}.weight": shape for e in range(num) for name, shape in shapes.items()}
+    return found | {f"{moe}.gate.weight": (num, 8)}
+
+
+def test_inspect_and_verify_count_experts_and_not_what_is_renamed_with_them(tmp_path, monkeypatch, capsys):
+    folder = write_model(tmp_path / "mixtral", mixtral(5), {"model_type": "mixtral", "num_local_experts": 5})
+    assert call(monkeypatch, "inspect", folder, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    (experts,) = record["experts"]
+    assert (experts["experts"], experts["stored"], record["other_tensors"]) == (5, "per expert", 1)
+    assert experts["roles"] == ["gate BF16 [6, 8]", "up BF16 [6, 8]", "down BF16 [8, 6]"]
+    assert call(monkeypatch, "convert", folder, tmp_path / "out", "--to", "stacked") == 0
+    manifest = json.loads((tmp_path / "out" / "moe_accel_manifest.json").read_text())
+    assert sorted(manifest["experts"]["model.layers.0"]) == ["down", "gate", "gate.weight", "up"]
+    capsys.readouterr()
+    assert call(monkeypatch, "verify", folder, tmp_path / "out") == 0
+    assert capsys.readouterr().out.startswith("equal: 15 expert matrices, 1 other tensors")
+    file = tmp_path / "out" / "model.safetensors"
+    header = read_header(file)
+    data = bytearray(file.read_bytes())
+    data[header.starts["model.layers.0.mlp.gate.weight"]] ^= 1
+    file.write_bytes(data)
+    assert call(monkeypatch, "verify", folder, tmp_path / "out") == 1
+    assert capsys.readouterr().out == "different in 1 places\n  model.layers.0 gate.weight: differs\n"
+
+
+def test_inspect_shows_experts_of_two_sizes_and_what_cannot_move(tmp_path, monkeypatch, capsys):
+    sizes = {0: 6, 1: 6, 2: 4, 3: 4}
+    shapes = {
+        f"model.layers.0.mlp.experts.{e}.{role}_proj.weight": (8, i) if role == "down" else (i, 8)
+        for e, i in sizes.items()
+        for role in ("gate", "up", "down")
+    }
+    folder = write_model(tmp_path / "ernie", shapes, {"model_type": "ernie4_5_vl_moe"})
+    assert call(monkeypatch, "inspect", folder, "--json") == 0
+    (experts,) = json.loads(capsys.readouterr().out)["experts"]
+    assert experts["roles"][:3] == ["gate BF16 [6, 8]", "gate BF16 [4, 8]", "up BF16 [6, 8]"]
+    awq = {name.replace("weight", "qweight"): (8, 8) for name in shapes}
+    folder = write_model(tmp_path / "awq", awq, {"model_type": "qwen3_moe"}, "I32")
+    assert call(monkeypatch, "inspect", folder, "--json") == 0
+    (experts,) = json.loads(capsys.readouterr().out)["experts"]
+    assert (experts["experts"], experts["roles"][0]) == (4, "gate.qweight I32 [8, 8]")
+    assert experts["stored"].startswith("per expert, cannot move: qweight: AWQ and GPTQ pack")
+
+
+@pytest.mark.parametrize("said", [{"num_local_experts": 6}, {"text_config": {"moe_num_experts": [4, 2]}}])
+def test_experts_missing_at_the_end_of_every_layer_are_missed(tmp_path, monkeypatch, capsys, said):
+    folder = write_model(tmp_path / "mixtral", mixtral(4), {"model_type": "mixtral", **said})
+    assert call(monkeypatch, "convert", folder, tmp_path / "out", "--to", "stacked") == 2
+    assert "experts 4-5 of 6, as config.json says, missing in every layer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_tables_in_a_file_keep_names_in_one_piece(tmp_path, monkeypatch, capsys):
+    prefix = "thinker.model.language_model.a_rather_long_name_of_a_tower.layers"
+    shapes = {f"{prefix}.0.mlp.experts.gate_up_proj": (3, 12, 8), f"{prefix}.0.mlp.experts.down_proj": (3, 8, 6)}
+    folder = write_model(tmp_path / "long", shapes, {"model_type": "qwen3_moe"})
+    for arguments in (["inspect", folder], ["convert", folder, tmp_path / "out", "--to", "per-expert", "--dry-run"]):
+        assert call(monkeypatch, *arguments) == 0
+        assert f"{prefix}.*" in capsys.readouterr().out
+
+
+def test_a_name_that_the_terminal_cannot_print_stops_nothing(source, tmp_path):
+    command = [sys.executable, "-m", "moe_accel", "convert", source, tmp_path / "außen", "--to", "stacked"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "au\\xdfen: 1 files" in done.stdout
+
+
+def test_a_file_name_that_is_no_text_is_converted_like_any_other(tmp_path, monkeypatch, capsys):
+    folder = write_model(tmp_path / "mixtral", mixtral(3), {"model_type": "mixtral"})
+    try:
+        os.rename(folder / "model.safetensors", os.fsencode(folder) + b"/m\xff.safetensors")
+    except OSError:
+        pytest.skip("this file system has names of text alone")
+    assert call(monkeypatch, "convert", folder, tmp_path / "out", "--to", "stacked") == 0
+    assert call(monkeypatch, "verify", folder, tmp_path / "out") == 0
+    assert "equal: 9 expert matrices" in capsys.readouterr().out

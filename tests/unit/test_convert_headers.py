@@ -1,6 +1,7 @@
 """Damaged and hostile checkpoints: always a CheckpointError that names the file, before anything is written."""
 
 import json
+import os
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ def pack(header: Any, data: bytes = bytes(range(21)), length: int | None = None)
 
 
 GOOD = pack(entries())
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 HEADERS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is cut short: needs 8 bytes for the length of its header, has 0"),
@@ -215,6 +217,15 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a folder of that name": (lambda f: (f / "x.safetensors").mkdir(), "does not name: x.safetensors"),
     "an unnamed file": (lambda f: (f / "extra.safetensors").write_bytes(GOOD), "does not name: extra.safetensors"),
     "a damaged config": (lambda f: (f / "config.json").write_text("{"), "config.json: the config is not JSON"),
+    "a pointer for an index": (
+        lambda f: (f / "model.safetensors.index.json").write_bytes(POINTER),
+        "index.json is a Git LFS pointer",
+    ),
+    "a pointer for a tokenizer": (lambda f: (f / "tokenizer.json").write_bytes(POINTER), "tokenizer.json is a Git LFS"),
+    "a pipe for a config": (
+        lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
+        "config.json is not a regular file",
+    ),
     "a config that leads out": (
         lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/etc/hostname")),
         "leads out",
