@@ -34,6 +34,7 @@ class MoEOptions:
         dp_replicate_size: HSDP replicas; None leaves it to accelerate's own `parallelism_config` section.
         kept_layers: last layers that gradient checkpointing leaves out: each takes memory and saves a recompute.
         save_layout: of saved models: `per-expert`, as `save_pretrained` writes for the hub, or `stacked`, as in memory.
+        async_save: write periodic checkpoints while training goes on, from a copy in host memory.
     """
 
     ep_size: int = 1
@@ -42,6 +43,7 @@ class MoEOptions:
     dp_replicate_size: int | None = None
     kept_layers: int = 0
     save_layout: str = "per-expert"
+    async_save: bool = False
 
     def problems(self) -> list[str]:
         """Every rule broken by the values alone, as sentences; empty when there is none."""
@@ -58,6 +60,8 @@ class MoEOptions:
             value = getattr(self, name)
             if value not in allowed:
                 found.append(f"{name}={value!r} must be one of {', '.join(allowed)}{_did_you_mean(value, allowed)}")
+        if not isinstance(self.async_save, bool):
+            found.append(f"async_save={self.async_save!r} must be true or false")
         return found
 
     def to_json(self) -> str:

@@ -30,6 +30,7 @@ class MoEConfig(ParallelismConfig):
         kernels: how a rank computes its experts: `auto`, `reference` (a slow, true loop), `fused` or `te`.
         kept_layers: last layers that gradient checkpointing leaves out: each takes memory and saves a recompute.
         save_layout: of saved models: `per-expert`, as `save_pretrained` writes for the hub, or `stacked`, as in memory.
+        async_save: write periodic checkpoints while training goes on, from a copy in host memory.
 
     Raises:
         ConfigError: a value is wrong; all wrong values are listed. Or, when the Accelerator is made, they do not fit
@@ -41,6 +42,7 @@ class MoEConfig(ParallelismConfig):
     kernels: str = "auto"
     kept_layers: int = 0
     save_layout: str = "per-expert"
+    async_save: bool = False
 
     sparse_mesh = None  # the experts' mesh, once an Accelerator has the config; not a field
 

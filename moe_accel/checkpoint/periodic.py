@@ -3,10 +3,8 @@
     accelerator.save_state(folder)      in .folder.saving, which takes the place of folder when every rank is done
     Trainer's checkpoint-N              in .saving/checkpoint-N; moved, and only then are older ones deleted
 
-What is in them is accelerate's and Trainer's own. They are not written in the background, as `async_save` of
-`torch.distributed.checkpoint` could: it copies model and optimizer first, 12 bytes a parameter on the host, and what
-follows at once in `save_state` and in Trainer (random states, best model, rotation, callbacks) expects a folder that is
-there.
+What is in them is accelerate's and Trainer's own. With `async_save` they are written while training goes on: see
+`background.py`.
 """
 
 import os
@@ -19,6 +17,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from moe_accel.checkpoint.background import Barrier, copying, place, wait_for_save
 from moe_accel.checkpoint.publish import place_folder, recover_folder, staging_name
 from moe_accel.errors import CheckpointError
 from moe_accel.ranks import tell
@@ -33,6 +32,7 @@ def around_save_state(original: Callable, installed: Container[Accelerator]) -> 
         project = self.project_configuration
         if self not in installed or self.distributed_type == DistributedType.DEEPSPEED:
             return original(self, output_dir, *args, **kwargs)
+        wait_for_save(self)
         if project.automatic_checkpoint_naming:
             folder, staging = _automatic_folder(self)
         elif output_dir is None:
@@ -46,13 +46,18 @@ def around_save_state(original: Callable, installed: Container[Accelerator]) -> 
         _begin(self, staging, folder)
         automatic, project.automatic_checkpoint_naming = project.automatic_checkpoint_naming, False
         try:
-            original(self, str(staging), *args, **kwargs)
+            with copying(self):
+                original(self, str(staging), *args, **kwargs)
         finally:
             project.automatic_checkpoint_naming = automatic
-        _finish(self, staging, folder)
-        if automatic and self.is_main_process and project.total_limit is not None:
-            for old in numbered_states(folder.parent)[project.total_limit :]:
-                shutil.rmtree(old)
+
+        def rename(barrier: Barrier) -> None:
+            _finish(self, barrier, staging, folder)
+            if automatic and self.is_main_process and project.total_limit is not None:
+                for old in numbered_states(folder.parent)[project.total_limit :]:
+                    shutil.rmtree(old)
+
+        place(self, folder, rename)
         return str(folder) if automatic else output_dir
 
     return save_state
@@ -76,29 +81,37 @@ def around_save_checkpoint(original: Callable, installed: Container[Accelerator]
         if self.accelerator not in installed or self.is_deepspeed_enabled or self.args.push_to_hub:
             return original(self, model, trial, *args, **kwargs)
         trainer_module: Any = sys.modules["transformers.trainer"]
-
+        wait_for_save(self.accelerator)
         run = self._get_output_dir(trial=trial)
         staged_run = Path(run, TRAINER_STAGING)
         name = f"{trainer_module.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         _begin(self.accelerator, staged_run, Path(run, name))
         self.__dict__["_get_output_dir"] = lambda trial=None: str(staged_run)
         try:
-            original(self, model, trial, *args, **kwargs)
+            with copying(self.accelerator):
+                original(self, model, trial, *args, **kwargs)
         finally:
             del self.__dict__["_get_output_dir"]
         if self.state.best_model_checkpoint == os.path.join(staged_run, name):
             self.state.best_model_checkpoint = os.path.join(run, name)
             if self.args.should_save:
                 self.state.save_to_json(os.path.join(staged_run, name, trainer_module.TRAINER_STATE_NAME))
-        _finish(self.accelerator, staged_run / name, Path(run, name))
-        if self.args.should_save:
-            shutil.rmtree(staged_run, ignore_errors=True)
-            trainer_module.rotate_checkpoints(
-                output_dir=run,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+        best = self.state.best_model_checkpoint
+
+        def rename(barrier: Barrier) -> None:
+            _finish(self.accelerator, barrier, staged_run / name, Path(run, name))
+            if self.args.should_save:
+                shutil.rmtree(staged_run, ignore_errors=True)
+                trainer_module.rotate_checkpoints(
+                    output_dir=run,
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=best,
+                    use_mtime=True,
+                )
+
+        # Trainer looks at its folders once more when it ends.
+        is_last = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        place(self.accelerator, Path(run, name), rename, wait=is_last)
         return None
 
     return save_checkpoint
@@ -114,15 +127,15 @@ def _begin(accelerator: Accelerator, staging: Path, folder: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-def _finish(accelerator: Accelerator, staging: Path, folder: Path) -> None:
+def _finish(accelerator: Accelerator, barrier: Barrier, staging: Path, folder: Path) -> None:
     """The rename, once every rank has written: by rank 0, then on the hosts that have folders of their own."""
-    accelerator.wait_for_everyone()
+    barrier()
     if accelerator.is_main_process:
         place_folder(staging, folder)
-    accelerator.wait_for_everyone()
+    barrier()
     if accelerator.is_local_main_process and not accelerator.is_main_process and staging.is_dir():
         place_folder(staging, folder)
-    accelerator.wait_for_everyone()
+    barrier()
 
 
 def numbered_states(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@
     Trainer: resume, load_best_model          the experts too; a damaged folder first     load.py, here
     Trainer.save_model                        hub layout, every rank its part             here
       of a periodic checkpoint                beside, then renamed                        periodic.py
+    both with async_save                      while training goes on                      background.py
 
 What `save_state` writes, and `load_state` of a whole folder, are accelerate's own: the experts are DTensors under the
 model's names, which torch.distributed.checkpoint reads at any `ep_size`. The extensions act for accelerators that they
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel
 
+from moe_accel.checkpoint.background import wait_for_save, waiting
 from moe_accel.checkpoint.files import (
     INDEX_FILES,
     RESUME_HINT,
@@ -73,6 +75,7 @@ def install(accelerator: Accelerator) -> None:
     wrap(Accelerator, "save_model", _save_model)
     wrap(Accelerator, "save_state", lambda original: around_save_state(original, _installed))
     wrap(Accelerator, "load_state", _load_state)
+    wrap(Accelerator, "end_training", waiting)
     wrap(PreTrainedModel, "save_pretrained", guard_save_pretrained)
     when_defined("peft.peft_model", "PeftModel", lambda peft: wrap(peft, "save_pretrained", guard_save_adapters))
     when_defined("transformers.trainer", "Trainer", _install_on_trainer)
@@ -125,6 +128,7 @@ def _load_state(original: Callable) -> Callable:
     def load_state(self: Accelerator, input_dir: Any = None, *args: Any, **kwargs: Any) -> Any:
         if self not in _installed:
             return original(self, input_dir, *args, **kwargs)
+        wait_for_save(self)
         if input_dir is None:
             folder = _latest_state(self)
             input_dir = None if folder is None else str(folder)
@@ -146,6 +150,7 @@ def _load_from_checkpoint(original: Callable) -> Callable:
 
     def load_from_checkpoint(self: Any, resume_from_checkpoint: Any, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
+        wait_for_save(self.accelerator)
         if self.accelerator in _installed:
             tell_of_unfinished(folder, [folder.parent / TRAINER_STAGING])
         # Trainer loads the optimizer next, if there is one: `save_only_model` leaves it out.
@@ -160,6 +165,7 @@ def _load_best_model(original: Callable) -> Callable:
     """Around `Trainer._load_best_model`."""
 
     def load_best_model(self: Any) -> None:
+        wait_for_save(self.accelerator)
         if not _load_into(self, self.model, Path(self.state.best_model_checkpoint)):
             original(self)
 

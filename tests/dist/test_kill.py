@@ -78,6 +78,7 @@ def train(
             (folder / "losses.jsonl").touch()
     if kill_s is not None:
         threading.Event().wait(2 * SAVE_S + 1)
+    accelerator.end_training()
     return losses
 
 
@@ -111,17 +112,23 @@ class Counter:
 
 
 @pytest.mark.parametrize(
-    ("num_kills", "automatic"),
+    ("num_kills", "automatic", "in_background"),
     [
-        pytest.param(2, True, id="2-automatic-naming"),
+        pytest.param(2, True, False, id="2-automatic-naming"),
         *(
-            pytest.param(20, automatic, id=f"20-{name}", marks=pytest.mark.slow)
-            for name, automatic in (("one-folder", False), ("automatic-naming", True))
+            pytest.param(20, automatic, in_background, id=f"20-{name}", marks=pytest.mark.slow)
+            for name, automatic, in_background in (
+                ("one-folder", False, False),
+                ("automatic-naming", True, False),
+                ("async", True, True),
+            )
         ),
     ],
 )
-def test_after_kills_in_the_middle_of_saves_training_goes_on_with_the_same_losses(tmp_path, num_kills, automatic):
-    environment = with_moe_config(ep_size=2)
+def test_after_kills_in_the_middle_of_saves_training_goes_on_with_the_same_losses(
+    tmp_path, num_kills, automatic, in_background
+):
+    environment = with_moe_config(ep_size=2, async_save=in_background)
     draw = random.Random(num_kills)
     how = {"family": "qwen3_moe", "automatic": automatic}
     run_ranks(train, 2, environment, folder=tmp_path, stop_after=1, **how)

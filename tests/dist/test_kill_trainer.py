@@ -58,9 +58,11 @@ def train(folder: Path, stop_after: int, kill_s: float | None = None, victim: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["FULL", "SHARDED"])
+@pytest.mark.parametrize("kind", ["FULL", "SHARDED", "SHARDED-async"])
 def test_after_kills_in_the_middle_of_its_saves_trainer_goes_on_with_the_same_losses(tmp_path, kind):
-    environment, draw = environment_of(TWO_RANKS, kind), random.Random(NUM_KILLS)
+    environment, draw = environment_of(TWO_RANKS, kind.removesuffix("-async")), random.Random(NUM_KILLS)
+    if kind.endswith("-async"):
+        environment["MOE_ACCEL_CONFIG"] = json.dumps({"ep_size": 2, "async_save": True})
     folder, whole = tmp_path / "killed", tmp_path / "uninterrupted"
     folder.mkdir()
     whole.mkdir()

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def train(
     forget_optimizer: bool = False,
     forget_random_state: bool = False,
     dropout: str = "",
+    written_after_s: float | None = None,
 ) -> Part:
     """The steps of one run on this rank; losses are this rank's share of that of the global batch.
 
@@ -77,9 +79,13 @@ def train(
         forget_optimizer: as if the folder held no optimizer state.
         forget_random_state: as if it held no random states.
         dropout: "attention", or "lora": the model is in PEFT's hands then, and only its adapters are trained.
+        written_after_s: seconds that each writing of a checkpoint waits before it begins.
     """
     from accelerate import Accelerator
 
+    if written_after_s is not None:
+        dcp: Any = torch.distributed.checkpoint
+        dcp.save = functools.partial(write_late, dcp.save, written_after_s)
     accelerator = Accelerator()
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(rank if load_from is None else 100 + rank)
@@ -108,9 +114,17 @@ def train(
         optimizer.zero_grad()
         if save_to is not None and step + 1 == SAVED_AFTER:
             accelerator.save_state(save_to)
+            assert save_to.exists() == (written_after_s is None)
             loaded = whole(model.state_dict())
     weights = whole(model.state_dict())
+    if written_after_s is not None:
+        accelerator.end_training()
     return Part(losses, norms, weights, loaded) if rank == 0 else Part(losses, norms, {}, {})
+
+
+def write_late(save: Any, after_s: float, *args: Any, **kwargs: Any) -> Any:
+    time.sleep(after_s)
+    return save(*args, **kwargs)
 
 
 def with_lora_dropout(model: Any, seed: int) -> Any:
@@ -127,9 +141,10 @@ def whole(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: each.detach().clone() for name, each in tensors.items()}
 
 
-def spread(layout: Layout, kind: str, **how: Any) -> Part:
+def spread(layout: Layout, kind: str, options: dict[str, Any] | None = None, **how: Any) -> Part:
     """`train` in a layout, seen as a whole; `kind` is the state dict type, FULL or SHARDED."""
-    environment = STOCK_FSDP2 if layout.ep_size is None else with_moe_config(ep_size=layout.ep_size)
+    own = {"ep_size": layout.ep_size, **(options or {})}
+    environment = STOCK_FSDP2 if layout.ep_size is None else with_moe_config(**own)
     environment = {**environment, "FSDP_STATE_DICT_TYPE": f"{kind}_STATE_DICT"}
     if not layout.fsdp:
         environment = {"MOE_ACCEL_CONFIG": environment["MOE_ACCEL_CONFIG"]}

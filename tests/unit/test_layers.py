@@ -128,7 +128,8 @@ def test_the_public_names_are_these_and_each_one_is_there():
 
 
 def test_the_options_are_these_and_adding_one_is_a_decision():
-    assert OPTION_NAMES == ("ep_size", "dispatcher", "kernels", "dp_replicate_size", "kept_layers", "save_layout")
+    saving = ("save_layout", "async_save")
+    assert ("ep_size", "dispatcher", "kernels", "dp_replicate_size", "kept_layers", *saving) == OPTION_NAMES
     assert len(OPTION_NAMES) <= 12
 
 

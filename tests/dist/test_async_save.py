@@ -1,0 +1,74 @@
+"""`async_save`: states written while training goes on are those of their step, and a write that fails spoils nothing."""
+
+import functools
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_accel.errors import CheckpointError
+from tests.dist.ranks import run_ranks, with_moe_config
+from tests.dist.test_resume import (
+    EP1,
+    EP2,
+    NUM_STEPS,
+    assert_goes_on,
+    assert_loaded,
+    before_fork,  # noqa: F401
+    resume,
+    spread,
+    uninterrupted,  # noqa: F401
+)
+from tests.families import build_tiny
+
+
+def test_what_is_written_while_training_goes_on_is_the_state_of_its_step(uninterrupted, tmp_path):
+    run, _ = uninterrupted(EP2, "SHARDED", "qwen3_moe")
+    folder, options = tmp_path / "state", {"async_save": True}
+    late = spread(
+        EP2, "SHARDED", options, family="qwen3_moe", steps=range(NUM_STEPS), save_to=folder, written_after_s=1.0
+    )
+    assert (late.losses, late.norms) == (run.losses, run.norms)
+    resumed = resume(EP1, "SHARDED", "qwen3_moe", folder)
+    assert_loaded(resumed, run)
+    assert_goes_on(resumed, run)
+
+
+def failed_write(family: str, folder: Path, victim: int) -> tuple[str, list[bool]]:
+    """Save two states, the writing of the second of which fails on one rank: what the next save says, and what is there."""
+    from accelerate import Accelerator
+
+    dcp: Any = torch.distributed.checkpoint
+    accelerator = Accelerator()
+    model = build_tiny(family)
+    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    accelerator.save_state(folder / "first")
+    accelerator.save_state(folder / "second")  # waits for the first
+    save, dcp.save = dcp.save, functools.partial(fail_on, accelerator.process_index == victim, dcp.save)
+    accelerator.save_state(folder / "second")
+    dcp.save = save
+    with pytest.raises(CheckpointError) as error:
+        accelerator.load_state(folder / "first")
+    accelerator.save_state(folder / "third")
+    accelerator.load_state(folder / "second")
+    accelerator.load_state(folder / "third")
+    accelerator.wait_for_everyone()
+    return error.value.message, [(folder / name).is_dir() for name in ("first", "second", "third")]
+
+
+def fail_on(here: bool, save: Any, state_dict: Any, storage_writer: Any, **how: Any) -> Any:
+    if here:
+        shutil.rmtree(storage_writer.path)
+        storage_writer.path.write_text("no folder")
+    return save(state_dict, storage_writer=storage_writer, **how)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_write_that_fails_is_told_by_the_next_call_and_spoils_nothing(tmp_path, victim):
+    environment = {**with_moe_config(ep_size=2, async_save=True), "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    for message, there in run_ranks(failed_write, 2, environment, family="qwen3_moe", folder=tmp_path, victim=victim):
+        assert re.match(rf"{re.escape(str(tmp_path / 'second'))} was not saved: ", message)
+        assert there == [True] * 3
