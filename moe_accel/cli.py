@@ -1,6 +1,5 @@
 """The command line: parse, call, render. Imports neither torch nor accelerate before a command needs them."""
 
-import io
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 
 from moe_accel.errors import ConfigError, MoEAccelError
 from moe_accel.quick_help import show_help
+from moe_accel.streams import printed
 from moe_accel.version import VERSION
 
 if TYPE_CHECKING:
@@ -378,12 +378,10 @@ def _request(
 
 def main() -> None:
     """Entry point of `moe-accel`: exit 2 with `error:` and `hint:` on stderr for what the user can mend."""
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal has no letters for is no reason to stop
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     try:
-        if not show_help(app, sys.argv[1:]):
-            app()
+        with printed():
+            if not show_help(app, sys.argv[1:]):
+                app()
     except MoEAccelError as error:
         from moe_accel.launch import exit_with
 

@@ -100,6 +100,24 @@ def test_an_error_that_is_not_the_users_keeps_its_traceback(monkeypatch):
         cli.main()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["doctor", "--help"]], ids=" ".join)
+def test_a_full_disk_behind_stdout_is_said_in_a_line(arguments):
+    command = [sys.executable, "-m", "moe_accel", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: the output cannot be written: No space left on device\n")
+
+
+def test_a_closed_pipe_ends_it_silently():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "moe_accel", "--version"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 # ---- the launcher, on bad input
 
 

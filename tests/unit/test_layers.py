@@ -27,7 +27,7 @@ LAYERS = [
     {"parallelism"},
     {"worker"},
     {"launch", "bench", "doctor"},
-    {"autoload", "quick_help"},
+    {"autoload", "quick_help", "streams"},
     {"cli"},
     {"__main__"},
 ]
@@ -46,6 +46,7 @@ WITHOUT_TORCH = [
     "report",
     "doctor",
     "quick_help",
+    "streams",
 ]
 WITHOUT_TORCH += [f"bench.{name}" for name in ("options", "shapes", "run", "table", "command")]
 WITHOUT_TORCH += [
