@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, is_peft_model
-from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME, RNG_STATE_NAME
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import StateDictType
@@ -64,7 +65,7 @@ from moe_accel.checkpoint.save import (
 from moe_accel.checkpoint.unsharded import load_unsharded
 from moe_accel.errors import CheckpointError
 from moe_accel.hooks import when_defined, wrap
-from moe_accel.ranks import tell
+from moe_accel.ranks import gather, tell
 
 _installed: WeakSet[Accelerator] = WeakSet()
 
@@ -138,6 +139,8 @@ def _load_state(original: Callable) -> Callable:
             if folder.is_dir():
                 check_state(self, folder, self._models, len(self._optimizers))
                 tell_of_unfinished(folder, [staging_name(folder)])
+        if folder is not None and folder.is_dir():
+            _tell_of_random_states(self, folder)
         if folder is not None and folder.is_dir() and not self.is_fsdp2 and has_fsdp_model(folder):
             return load_unsharded(self, folder, lambda: original(self, input_dir, *args, **kwargs))
         return original(self, input_dir, *args, **kwargs)
@@ -325,6 +328,16 @@ def _latest_state(accelerator: Accelerator) -> Path | None:
     if problem is not None:
         raise problem
     return None
+
+
+def _tell_of_random_states(accelerator: Accelerator, folder: Path) -> None:
+    """Say which ranks find no random state, as where there are more of them than saved: accelerate says nothing."""
+    mine = (folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl").is_file()
+    found = gather(mine) if dist.is_initialized() else [mine]
+    without = [str(rank) for rank, there in enumerate(found) if not there]
+    if without:
+        ranks = f"rank{'s' * (len(without) > 1)} {', '.join(without)}"
+        tell(f"{folder} has no random state of {ranks}: there, what is drawn from now on is drawn anew")
 
 
 def _recover(accelerator: Accelerator, folder: Path) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from moe_accel import MoEConfig
 from moe_accel.checkpoint import load_hub_checkpoint
 from moe_accel.checkpoint.files import check_sharded, open_weights
 from moe_accel.checkpoint.load import default_conversions
@@ -222,3 +224,17 @@ def test_hub_names_do_not_depend_on_the_class_fully_shard_makes(tmp_path):
 
     assert names("stock") != names("before")
     assert names("ours") == names("before")
+
+
+@pytest.mark.usefixtures("new_accelerate_state")
+def test_a_missing_random_state_is_said(tmp_path, capsys):
+    accelerator = Accelerator(cpu=True, parallelism_config=MoEConfig())
+    accelerator.prepare(build_tiny("qwen3_moe"))
+    accelerator.save_state(tmp_path / "state")
+    capsys.readouterr()
+    accelerator.load_state(tmp_path / "state")
+    assert capsys.readouterr().err == ""
+    (tmp_path / "state" / "random_states_0.pkl").unlink()
+    accelerator.load_state(tmp_path / "state")
+    said = "has no random state of rank 0: there, what is drawn from now on is drawn anew\n"
+    assert capsys.readouterr().err == f"moe-accel: {tmp_path / 'state'} {said}"
