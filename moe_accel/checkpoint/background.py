@@ -4,7 +4,7 @@
         what torch.distributed.checkpoint would write, this rank's shards, is copied to the host; the rest is written
         at once; then they return
     a thread
-        writes the copies, over process groups of its own, and when all ranks have, the folder gets its name
+        writes the copies, over a process group of its own, and when all ranks have, the folder gets its name
 
 Until then there is no folder of that name, or the one before, and nobody resumes from what lies beside. One save is
 under way at a time: the next one waits for it, and so do loading, the last checkpoint of a Trainer, `end_training` and

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_accel.experts.adapters import Factors
-from moe_accel.experts.gated import gated_experts, why_not_gated
+from moe_accel.experts.gated import gated_experts, sum_of_experts, why_not_gated
 from moe_accel.experts.gates import find_gate
 from moe_accel.experts.routing import LocalRouting, pick
 from moe_accel.experts.weights import activate, down_weight, has_post_norm, post_norm, up_weight
@@ -112,5 +112,4 @@ class _ExpertRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (experts,), (gradient,) = ctx.saved_tensors, gradients
-        of_expert = torch.arange(ctx.num_experts, device=experts.device, dtype=experts.dtype)[:, None] == experts
-        return of_expert.to(gradient.dtype) @ gradient, None
+        return sum_of_experts(gradient, ctx.num_experts, experts), None

@@ -164,7 +164,9 @@ class _Gated(torch.autograd.Function):
         )
         del rows
         x_grad = sum_copies(grouped_mm(u_grad, _t(up), ends), copies, starts, x_grad_more) if needs_x else None
-        up_bias_grad = _sum_of_experts(u_grad, up_bias, experts) if needs_up_bias else None
+        up_bias_grad = None
+        if needs_up_bias:
+            up_bias_grad = sum_of_experts(u_grad, len(up_bias), experts).to(up_bias.dtype)
         down_bias_grad = None
         if needs_down_bias:
             weights = _weight_of_experts(weight_p, x, down_bias, experts, sources)
@@ -208,10 +210,10 @@ def _weight_of_experts(weight_p: Tensor, x: Tensor, bias: Tensor, experts: Tenso
     return weights.view(len(x), len(bias)).to(x.dtype)
 
 
-def _sum_of_experts(rows: Tensor, bias: Tensor, experts: Tensor) -> Tensor:
-    """[e,C] in the dtype of the bias: rows [P,C] summed by expert, one thin GEMM instead of a scatter."""
-    of_expert = torch.arange(len(bias), device=experts.device, dtype=experts.dtype)[:, None] == experts
-    return (of_expert.to(rows.dtype) @ rows).to(bias.dtype)
+def sum_of_experts(rows: Tensor, num_experts: int, experts: Tensor) -> Tensor:
+    """Rows [P,C] summed by expert [P], one thin GEMM instead of a scatter: [e,C]."""
+    of_expert = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)[:, None] == experts
+    return of_expert.to(rows.dtype) @ rows
 
 
 def _low_rank(rows: Any, a: Any, b: Any, ends: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -124,9 +124,7 @@ def glu_torch(
 ) -> Tensor:
     """The definition of `glu`."""
     exact = torch.promote_types(u.dtype, torch.float32)
-    g, up = _gate_and_up(u, u_more, gate, bias, exact)
-    if gate.limit is not None:
-        g, up = g.clamp(max=gate.limit), up.clamp(-gate.limit, gate.limit)
+    g, up = _clamped(*_gate_and_up(u, u_more, gate, bias, exact), gate.limit)
     sigmoid = torch.sigmoid(gate.slope * g + gate.cubic * g**3 if gate.cubic else gate.slope * g)
     return (g * sigmoid * (up + gate.shift) * weight.to(exact)[:, None]).to(u.dtype)
 
@@ -143,21 +141,18 @@ def glu_backward_torch(
     """The definition of `glu_backward`."""
     exact = torch.promote_types(u.dtype, torch.float32)
     gradient, scale = with_more(gradient, gradient_more, exact), weight.to(exact)[:, None]
-    g, up = _gate_and_up(u, u_more, gate, bias, exact)
-    open_g = open_up = None
-    if gate.limit is not None:
-        open_g, open_up = g <= gate.limit, up.abs() <= gate.limit
-        g, up = g.clamp(max=gate.limit), up.clamp(-gate.limit, gate.limit)
+    unclamped, up_unclamped = _gate_and_up(u, u_more, gate, bias, exact)
+    g, up = _clamped(unclamped, up_unclamped, gate.limit)
     up = up + gate.shift
-    inside, slope = gate.slope * g, torch.tensor(gate.slope, dtype=exact, device=u.device)
+    inside, slope = gate.slope * g, gate.slope * g
     if gate.cubic:
-        inside, slope = inside + gate.cubic * g**3, slope + 3 * gate.cubic * g.square()
+        inside, slope = inside + gate.cubic * g**3, slope + 3 * gate.cubic * g**3
     sigmoid = inside.sigmoid()
     act, weighted = g * sigmoid, gradient * scale
-    g_grad = weighted * up * sigmoid * (1 + g * slope * (1 - sigmoid))
+    g_grad = weighted * up * sigmoid * (1 + slope * (1 - sigmoid))
     up_grad = weighted * act
-    if open_g is not None and open_up is not None:
-        g_grad, up_grad = g_grad * open_g, up_grad * open_up
+    if gate.limit is not None:
+        g_grad, up_grad = g_grad * (unclamped <= gate.limit), up_grad * (up_unclamped.abs() <= gate.limit)
     u_grad = torch.stack([g_grad, up_grad], 2).flatten(1) if gate.interleaved else torch.cat([g_grad, up_grad], 1)
     return u_grad.to(u.dtype), (gradient * act * up).sum(1).to(weight.dtype), (act * up * scale).to(u.dtype)
 
@@ -169,6 +164,10 @@ def _gate_and_up(
     if bias is not None:
         u = u + bias.rows(exact)
     return (u[:, ::2], u[:, 1::2]) if gate.interleaved else (u[:, : u.shape[1] // 2], u[:, u.shape[1] // 2 :])
+
+
+def _clamped(g: Tensor, up: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
+    return (g, up) if limit is None else (g.clamp(max=limit), up.clamp(-limit, limit))
 
 
 @triton.jit

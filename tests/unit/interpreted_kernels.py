@@ -8,6 +8,7 @@ import torch
 
 from moe_accel.kernels import cross_entropy, glu, rms_norm, rope, rows, squared_relu
 from moe_accel.kernels.device import INTERPRETED
+from tests.unit.test_kernels import GATES
 
 assert INTERPRETED, "set TRITON_INTERPRET=1"
 EPSILON = torch.finfo(torch.float32).eps
@@ -31,14 +32,6 @@ def test_sum_of_copies(counts, width):
         found, expected = rows.sum_triton(x, copies, starts, more), rows.sum_torch(x, copies, starts, more)
         # sums of up to 17 values near 1, in another order: 17 roundings
         torch.testing.assert_close(found, expected, rtol=0, atol=17 * 4 * EPSILON)
-
-
-GATES = {
-    "swiglu": glu.SWIGLU,
-    "gelu": glu.GELU_TANH,
-    "gpt-oss": glu.Gate(1.702, limit=0.5, shift=1.0, interleaved=True),
-    "clamped": glu.Gate(limit=0.5),
-}
 
 
 @pytest.mark.parametrize("inner", [1, 40, 1024, 1032])
