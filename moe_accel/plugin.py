@@ -78,10 +78,14 @@ def _prepare_model(original: Callable) -> Callable:
     """Around `Accelerator.prepare_model`, which Trainer calls itself to evaluate without training."""
 
     def prepare_model(self: Accelerator, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self in _installed and experts.has_experts(model):
-            swap_all(self, [model])
-            read_whole_models(self, [model])
-        return original(self, model, *args, **kwargs)
+        if self not in _installed or not experts.has_experts(model):
+            return original(self, model, *args, **kwargs)
+        swap_all(self, [model])
+        read_whole_models(self, [model])
+        prepared = original(self, model, *args, **kwargs)
+        if self.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU):
+            experts.join_adapters(model)
+        return prepared
 
     return prepare_model
 

@@ -3,7 +3,7 @@
 from moe_accel.experts.adapter_config import expert_lora_config, told_of_adapters
 from moe_accel.experts.adapters import install as install_adapters
 from moe_accel.experts.find import computing, expert_parameter_counts, find_experts, has_experts, is_decorated
-from moe_accel.experts.function import NAME, Settings, install, register, settings_of
+from moe_accel.experts.function import NAME, Settings, install, join_adapters, register, settings_of
 from moe_accel.experts.weights import hidden_size, stacked_parameters
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "install",
     "install_adapters",
     "is_decorated",
+    "join_adapters",
     "register",
     "settings_of",
     "stacked_parameters",

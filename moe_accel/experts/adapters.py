@@ -11,22 +11,36 @@ PEFT's shapes, of E experts: `lora_A.weight` [E * r, in], expert by expert; `lor
 Sizes: E experts, e experts of this rank, r rank (of all active adapters together).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe_accel.errors import UnsupportedModelError
+from moe_accel.experts.joined import Joined, join
 from moe_accel.experts.weights import projections
 from moe_accel.kernels.device import autocast_dtype
 from moe_accel.swap import become
 
-Factors = tuple[Tensor, Tensor]
-"""A [e,in,r] and B [e,r,out]: rows of an expert times its A times its B is what its adapters add. Scaling is in B."""
+
+class Factors(NamedTuple):
+    """Rows of an expert times its A times its B is what its adapters add. Scaling is in B.
+
+    Attributes:
+        a: [e,in,r].
+        b: [e,r,out].
+        joined: memory of the weights with room for the two; None where they have none.
+    """
+
+    a: Tensor
+    b: Tensor
+    joined: Joined | None = None
+
 
 ALIGNED = 8
 """Ranks are padded to a multiple: grouped GEMMs of bf16 want rows of 16 bytes."""
@@ -105,7 +119,9 @@ class _Noting(nn.Module):
             notes[self.parameter_name] = before
 
 
-def factors(module: Any, parameter: str, ep_rank: int, ep_size: int) -> Factors | None:
+def factors(
+    module: Any, parameter: str, ep_rank: int, ep_size: int, joined: Mapping[str, Joined] = MappingProxyType({})
+) -> Factors | None:
     """The factors that are active on a parameter now, for the experts of this rank.
 
     Every rank of an `ep` group has all factors, as FSDP2 shards them with everything else; the gradients of those of
@@ -124,7 +140,23 @@ def factors(module: Any, parameter: str, ep_rank: int, ep_size: int) -> Factors 
     for name in names:
         given += [wrapper.lora_A[name].weight, wrapper.lora_B[name].weight]
     scalings = [wrapper.scaling[name] for name in names]
-    return _Factors.apply(dtype, module.num_experts, ep_rank, ep_size, scalings, *given)  # pyright: ignore
+    a, b = _Factors.apply(dtype, module.num_experts, ep_rank, ep_size, scalings, *given)  # pyright: ignore
+    return Factors(a, b, joined.get(parameter))
+
+
+def join_weights(model: nn.Module) -> Iterator[tuple[Any, str, Joined]]:
+    """Give frozen expert weights room for the adapters that are active on them now, so that one GEMM computes both.
+
+    Yields:
+        the experts module, the name of its parameter, and its memory: only where that is possible, see `joined.join`.
+    """
+    wrappers: list[Any] = [module for module in model.modules() if isinstance(module, _Noting)]
+    for each in wrappers:
+        rank = sum(each.r[name] for name in each.active_adapters if name in each.lora_A)
+        base = each.get_base_layer()
+        joined = join(base, each.parameter_name, rank + -rank % ALIGNED) if rank else None
+        if joined is not None:
+            yield base, each.parameter_name, joined
 
 
 class _Factors(torch.autograd.Function):
@@ -139,7 +171,7 @@ class _Factors(torch.autograd.Function):
         ep_size: int,
         scalings: list[float],
         *given: Tensor,
-    ) -> Factors:
+    ) -> tuple[Tensor, Tensor]:
         count = num_experts // ep_size
         ctx.local = slice(ep_rank * count, (ep_rank + 1) * count)
         ctx.num_experts, ctx.ep_size, ctx.scalings = num_experts, ep_size, scalings

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_accel.dispatch import Dispatcher
-from moe_accel.experts.adapters import factors
+from moe_accel.experts.adapters import factors, join_weights
 from moe_accel.experts.fused import fused_experts
+from moe_accel.experts.joined import Joined
 from moe_accel.experts.reference import reference_experts
 from moe_accel.experts.replay import Record, Records, in_backward
 from moe_accel.experts.routing import LocalRouting, sort_by_expert
@@ -35,6 +36,7 @@ class Settings:
         ep_rank: which of them this is.
         lean: whether backward computes the first projection again, rather than its output being kept.
         counting: whether to count `load`.
+        joined: weights of this module that have room for their adapters, by name.
         load: [e] int64 on the device, tokens computed by each of this rank's experts so far; None while there are none.
         records: routing of the forwards that may be recomputed.
     """
@@ -45,6 +47,7 @@ class Settings:
     ep_rank: int = 0
     lean: bool = False
     counting: bool = False
+    joined: dict[str, Joined] = field(default_factory=dict)
     load: Tensor | None = None
     records: Records = field(default_factory=Records)
 
@@ -75,6 +78,15 @@ def install(module: Any, settings: Settings) -> None:
     """Let an experts module compute with `settings`."""
     module.config._experts_implementation = NAME
     module._moe_accel = settings
+
+
+def join_adapters(model: nn.Module) -> None:
+    """Let adapters be computed in the GEMMs of the experts' own weights, where those are frozen and whole on a GPU.
+
+    After the model is where it trains: weights that move later, or that somebody replaces, lose this and nothing else.
+    """
+    for module, name, joined in join_weights(model):
+        module._moe_accel.joined[name] = joined
 
 
 def settings_of(module: nn.Module) -> Settings:
@@ -132,7 +144,8 @@ def _compute(
     module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor, routing: LocalRouting | None
 ) -> Tensor:
     norm_scale = float(settings.ep_size)
-    up, down = (factors(module, name, settings.ep_rank, settings.ep_size) for name in projections(module))
+    ep = settings.ep_rank, settings.ep_size
+    up, down = (factors(module, name, *ep, settings.joined) for name in projections(module))
     if settings.kernels == "reference" or routing is None:
         return reference_experts(module, x, choices, weights, norm_scale, (up, down))
     return fused_experts(module, x, routing, weights, norm_scale, (up, down), settings.lean)

@@ -59,7 +59,7 @@ def _low_rank(rows: Any, factors: Factors | None, routing: LocalRouting) -> Tens
     """What an adapter adds to a projection of [P,in]: [P,out], apart from it, so that it is not rounded away."""
     if factors is None:
         return None
-    a, b = factors
+    a, b = factors[:2]
     return grouped_mm(grouped_mm(rows.to(a.dtype), a, routing.ends), b, routing.ends)
 
 

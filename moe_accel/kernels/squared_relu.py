@@ -11,23 +11,33 @@ import torch
 from torch import Tensor
 
 from moe_accel.kernels.device import launch, tl, triton, use_triton
-from moe_accel.kernels.more import load_with_more, more_or, with_more
+from moe_accel.kernels.more import load_with_more, more_or, with_more, with_tail
 
 COLUMNS = 1024  # of a tile
 
 
-def squared_relu(u: Tensor, weight: Tensor, u_more: Tensor | None = None) -> Tensor:
-    """`relu(u + u_more)^2 * weight`: u [P,I], weight [P], u_more [P,I] -> [P,I] in the dtype of u."""
+def squared_relu(u: Tensor, weight: Tensor, u_more: Tensor | None = None, tail: int = 0) -> Tensor:
+    """`relu(u + u_more)^2 * weight`: u [P,I], weight [P], u_more [P,I] -> [P,I+tail] in the dtype of u.
+
+    The last `tail` columns are room for more: not written.
+    """
     if not use_triton(u):
-        return squared_relu_torch(u, weight, u_more)
-    u, out = u.contiguous(), torch.empty_like(u, memory_format=torch.contiguous_format)
-    tensors = u, more_or(u_more, u), weight.contiguous(), out
-    launch(_forward_kernel, (u.shape[0],), *tensors, HAS_MORE=u_more is not None, inner=u.shape[1], COLUMNS=COLUMNS)
+        return with_tail(squared_relu_torch(u, weight, u_more), tail)
+    num_rows, inner = u.shape
+    out = u.new_empty(num_rows, inner + tail)
+    tensors = u.contiguous(), more_or(u_more, u), weight.contiguous(), out
+    constants = {"HAS_MORE": u_more is not None, "tail": tail, "inner": inner, "COLUMNS": COLUMNS}
+    launch(_forward_kernel, (num_rows,), *tensors, **constants)
     return out
 
 
 def squared_relu_backward(
-    gradient: Tensor, u: Tensor, weight: Tensor, gradient_more: Tensor | None = None, u_more: Tensor | None = None
+    gradient: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    gradient_more: Tensor | None = None,
+    u_more: Tensor | None = None,
+    tail: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `squared_relu`, and its output again.
 
@@ -37,18 +47,20 @@ def squared_relu_backward(
         weight: [P], as in forward.
         gradient_more: [P,I], what is added to the gradient.
         u_more: [P,I], as in forward.
+        tail: columns of room behind the gradient of u, not written.
 
     Returns:
-        gradient of u [P,I] in its dtype, gradient of weight [P] in its dtype, and `squared_relu(u, weight, u_more)`.
+        gradient of u [P,I+tail] in its dtype, that of weight [P] in its dtype, and `squared_relu(u, weight, u_more)`.
     """
     if not use_triton(u):
-        return squared_relu_backward_torch(gradient, u, weight, gradient_more, u_more)
+        u_grad, weight_grad, out = squared_relu_backward_torch(gradient, u, weight, gradient_more, u_more)
+        return with_tail(u_grad, tail), weight_grad, out
     num_rows, inner = gradient.shape
     gradient, u, weight = gradient.contiguous(), u.contiguous(), weight.contiguous()
-    u_grad, weight_grad, out = torch.empty_like(u), torch.empty_like(weight), torch.empty_like(gradient)
+    u_grad, weight_grad, out = u.new_empty(num_rows, inner + tail), torch.empty_like(weight), torch.empty_like(gradient)
     tensors = gradient, more_or(gradient_more, gradient), u, more_or(u_more, u), weight, u_grad, weight_grad, out
     has = {"HAS_GRADIENT_MORE": gradient_more is not None, "HAS_MORE": u_more is not None}
-    launch(_backward_kernel, (num_rows,), *tensors, **has, inner=inner, COLUMNS=COLUMNS)
+    launch(_backward_kernel, (num_rows,), *tensors, **has, tail=tail, inner=inner, COLUMNS=COLUMNS)
     return u_grad, weight_grad, out
 
 
@@ -71,7 +83,16 @@ def squared_relu_backward_torch(
 
 
 @triton.jit
-def _forward_kernel(u, u_more, weight, out, HAS_MORE: tl.constexpr, inner: tl.constexpr, COLUMNS: tl.constexpr):
+def _forward_kernel(
+    u,
+    u_more,
+    weight,
+    out,
+    HAS_MORE: tl.constexpr,
+    tail: tl.constexpr,
+    inner: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(weight + row).to(tl.float32)
     for first in range(0, inner, COLUMNS):
@@ -79,7 +100,9 @@ def _forward_kernel(u, u_more, weight, out, HAS_MORE: tl.constexpr, inner: tl.co
         inside = column < inner
         value = load_with_more(u, u_more, row * inner + column, inside, HAS_MORE)
         positive = tl.where(value < 0, 0.0, value)  # keeps a NaN, as relu does
-        tl.store(out + row * inner + column, (positive * positive * scale).to(out.dtype.element_ty), mask=inside)
+        tl.store(
+            out + row * (inner + tail) + column, (positive * positive * scale).to(out.dtype.element_ty), mask=inside
+        )
 
 
 @triton.jit
@@ -94,6 +117,7 @@ def _backward_kernel(
     out,
     HAS_GRADIENT_MORE: tl.constexpr,
     HAS_MORE: tl.constexpr,
+    tail: tl.constexpr,
     inner: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -109,6 +133,7 @@ def _backward_kernel(
         positive = tl.where(value < 0, 0.0, value)
         square = positive * positive
         total += of_out * square
-        tl.store(u_grad + at, (of_out * scale * 2 * positive).to(u_grad.dtype.element_ty), mask=inside)
+        of_u = (of_out * scale * 2 * positive).to(u_grad.dtype.element_ty)
+        tl.store(u_grad + row * (inner + tail) + column, of_u, mask=inside)
         tl.store(out + at, (square * scale).to(out.dtype.element_ty), mask=inside)
     tl.store(weight_grad + row, tl.sum(total, 0).to(weight_grad.dtype.element_ty))

@@ -16,9 +16,12 @@ from tests.gpu.test_experts import BF16_SLACK, NUM_TOKENS, SIZES, TOP_K
 pytestmark = pytest.mark.gpu
 
 
-def computed(wrapper, x, choices, weights, dtype):
+def computed(wrapper, x, choices, weights, dtype, join=False):
     """Output, and gradients of x, the routing weights and the adapters, in a dtype."""
     wrapper = copy.deepcopy(wrapper).to(dtype)
+    if join:
+        experts.join_adapters(wrapper)
+        assert len(experts.settings_of(wrapper.get_base_layer()).joined) == 2
     x, weights = x.to(dtype).requires_grad_(), weights.to(dtype).requires_grad_()
     output = wrapper(x, choices, weights)
     generator = torch.Generator().manual_seed(1)
@@ -27,8 +30,9 @@ def computed(wrapper, x, choices, weights, dtype):
     return {"output": output.detach(), "x": x.grad, "weights": weights.grad, **gradients}
 
 
+@pytest.mark.parametrize("join", [False, True])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_bf16_is_as_near_to_fp64_as_pefts_own(family):
+def test_bf16_is_as_near_to_fp64_as_pefts_own(family, join):
     experts.register()
     model = build_tiny(family, torch.bfloat16, **SIZES)
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -50,7 +54,7 @@ def test_bf16_is_as_near_to_fp64_as_pefts_own(family):
     weights = torch.rand(NUM_TOKENS, TOP_K, generator=generator).bfloat16().cuda()
     inputs = x, choices, weights
     truth = computed(true, *inputs, torch.float64)
-    found, native = computed(ours, *inputs, torch.bfloat16), computed(peft, *inputs, torch.bfloat16)
+    found, native = computed(ours, *inputs, torch.bfloat16, join), computed(peft, *inputs, torch.bfloat16)
     assert found.keys() == truth.keys()
     for name, expected in truth.items():
         errors = [((each[name].double() - expected).norm() / expected.norm()).item() for each in (found, native)]

@@ -34,6 +34,36 @@ def test_sum_of_copies(counts, width):
         torch.testing.assert_close(found, expected, rtol=0, atol=17 * 4 * EPSILON)
 
 
+@pytest.mark.parametrize("width", [1, 24, 1024, 1030])
+@pytest.mark.parametrize("counts", [[1, 1], [0, 3, 0], [8, 8], [9, 0, 17], [0]], ids=str)
+def test_gather_and_its_room(counts, width):
+    sizes = torch.tensor(counts)
+    copies = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1))
+    sources = torch.empty_like(copies)
+    sources[copies] = torch.arange(len(counts)).repeat_interleave(sizes)
+    x, places = values(len(counts), width), rows.RowMap(sources, copies, sizes.cumsum(0) - sizes)
+    for tail in (0, 8):
+        found = rows.gather(x, places, tail)
+        assert found.shape == (sum(counts), width + tail)
+        assert torch.equal(found[:, :width], x[sources])
+
+
+def test_activations_leave_room():
+    u, gradient, weight = values(5, 80), values(5, 40), values(5)
+    for activation, backward, x in (
+        (glu.glu, glu.glu_backward, u),
+        (squared_relu.squared_relu, squared_relu.squared_relu_backward, u[:, :40].contiguous()),
+    ):
+        out = activation(x, weight, tail=8)
+        assert out.shape == (5, 48)
+        assert torch.equal(out[:, :40], activation(x, weight))
+        u_grad, *rest = backward(gradient, x, weight, tail=8)
+        expected, *others = backward(gradient, x, weight)
+        assert u_grad.shape == (5, x.shape[1] + 8)
+        assert torch.equal(u_grad[:, :-8], expected)
+        assert all(map(torch.equal, rest, others))
+
+
 @pytest.mark.parametrize("inner", [1, 40, 1024, 1032])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("of_two", [False, True])

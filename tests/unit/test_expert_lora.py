@@ -233,7 +233,7 @@ def test_a_part_of_the_experts_is_a_view_of_pefts_parameters():
     wrapper = model.get_base_model().model.layers[0].mlp.experts
     with wrapper._activate_lora(["default"]):
         whole, part = factors(module, "down_proj", 0, 1), factors(module, "down_proj", 1, 2)
-    for one, other in zip(whole, part, strict=True):
+    for one, other in zip(whole[:2], part[:2], strict=True):
         assert torch.equal(one[4:], other)
     delta = wrapper.get_delta_weight("default")
     torch.testing.assert_close((whole[0] @ whole[1]).transpose(1, 2), delta)

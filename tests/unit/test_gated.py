@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from moe_accel import MoEConfig, experts
+from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gated import gated_experts
 from moe_accel.experts.routing import sort_by_expert
 from tests.families import build_tiny, experts_modules, tiny_inputs, tiny_loss
@@ -60,7 +61,8 @@ def test_lean_experts_keep_no_projection_and_give_the_same_bits(adapted):
         with torch.autograd.graph.saved_tensors_hooks(
             lambda each, kept=kept: kept.append(each) or each, lambda each: each
         ):
-            y = gated_experts(x, up, down, weight_p, routing, factors[:2] or None, factors[2:] or None, lean=lean)
+            of_up, of_down = (Factors(*factors[:2]), Factors(*factors[2:])) if adapted else (None, None)
+            y = gated_experts(x, up, down, weight_p, routing, of_up, of_down, lean=lean)
         found.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
         sizes.append(sum(each.nbytes for each in kept))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

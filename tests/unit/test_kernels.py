@@ -80,6 +80,11 @@ COMPILED = {
         )
         for name, more in (("", False), (" of two", True))
     },
+    "gather": (
+        rows._gather_kernel,
+        ["*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32"],
+        {"COPIES": 8, "COLUMNS": 1024},
+    ),
     "softmax gradient": (
         cross_entropy._softmax_gradient_kernel,
         ["*bf16", "*i64", "*fp32", "*fp32"],
@@ -104,7 +109,7 @@ COMPILED = {
         f"glu{name}": (
             glu._forward_kernel,
             ["*bf16", "*bf16", "*bf16", "*i16", "*fp32", "*bf16"],
-            {**glu._constants(more, bias, gate), "inner": inner, "COLUMNS": glu.COLUMNS},
+            {**glu._constants(more, bias, gate), "tail": 16, "inner": inner, "COLUMNS": glu.COLUMNS},
         )
         for name, (more, bias, gate, inner) in COMPILED_GATES.items()
     },
@@ -115,6 +120,7 @@ COMPILED = {
             {
                 "HAS_GRADIENT_MORE": more is not None,
                 **glu._constants(more, bias, gate),
+                "tail": 0,
                 "inner": inner,
                 "COLUMNS": glu.COLUMNS,
             },
@@ -125,7 +131,7 @@ COMPILED = {
         f"squared relu{name}": (
             squared_relu._forward_kernel,
             ["*bf16", "*bf16", "*fp32", "*bf16"],
-            {"HAS_MORE": more, "inner": 1856, "COLUMNS": 1024},
+            {"HAS_MORE": more, "tail": 0, "inner": 1856, "COLUMNS": 1024},
         )
         for name, more in (("", False), (" of two", True))
     },
@@ -133,7 +139,7 @@ COMPILED = {
         f"squared relu backward{name}": (
             squared_relu._backward_kernel,
             ["*bf16", "*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "*bf16"],
-            {"HAS_GRADIENT_MORE": more, "HAS_MORE": more, "inner": 1856, "COLUMNS": 1024},
+            {"HAS_GRADIENT_MORE": more, "HAS_MORE": more, "tail": 16, "inner": 1856, "COLUMNS": 1024},
         )
         for name, more in (("", False), (" of two", True))
     },

@@ -1,0 +1,128 @@
+"""A projection's weights and its adapter side by side in memory, so that one grouped GEMM multiplies by both.
+
+    [ W  A ]   rows @ A is the adapter's inner part, low;      [rows, low] @ [W ; B] is rows @ W + low @ B
+    [ B  . ]   and backward is the same of the transposed:     [g, g @ B.T] @ [W.T ; A.T]
+
+The two are added in the GEMM's own fp32 sums: nothing of [P,out] is written twice, and no adapter is rounded away
+beside what it is added to. W stays the model's parameter, a view of the whole; A and B, a few MB, are written before
+each product. Only frozen weights that this rank has whole are joined: FSDP gathers parameters into memory of its own.
+
+Sizes: e experts, A inner, B outer, r rank (padded), P rows.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe_accel.kernels.grouped import grouped_mm, takes_torch_grouped_mm
+
+
+class Joined:
+    """The memory of one parameter [e,A,B] and an adapter of rank r.
+
+    Attributes:
+        whole: [e,A+r,B+r], of any strides.
+        shape: A, B.
+        rank: r.
+    """
+
+    def __init__(self, matrix: Tensor, rank: int):
+        """Copy matrix [e,A,B], of any strides, into memory with room for the adapter."""
+        count, inner, outer = matrix.shape
+        self.shape, self.rank = (inner, outer), rank
+        if matrix.stride(1) == 1:
+            self.whole = matrix.new_empty(count, outer + rank, inner + rank).transpose(1, 2)
+        else:
+            self.whole = matrix.new_empty(count, inner + rank, outer + rank)
+        self.matrix.copy_(matrix)
+        self._held: object = None
+
+    @property
+    def matrix(self) -> Tensor:
+        """[e,A,B], a view."""
+        return self.whole[:, : self.shape[0], : self.shape[1]]
+
+    def holds(self, matrix: Tensor, a: Any) -> bool:
+        """Whether these weights are still the ones here, and an adapter with A [e,A,r] has its place."""
+        view = self.matrix
+        here = (matrix.data_ptr(), matrix.stride(), matrix.dtype) == (view.data_ptr(), view.stride(), view.dtype)
+        return here and a.shape[2] == self.rank and a.dtype == matrix.dtype
+
+    def write(self, a: Tensor, b: Tensor, owner: object) -> None:
+        """Put A [e,A,r] and B [e,r,B] beside the weights, unless `owner`'s are there."""
+        if self._held is owner:
+            return
+        inner, outer = self.shape
+        self.whole[:, :inner, outer:].copy_(a)
+        self.whole[:, inner:, :outer].copy_(b)
+        self._held = owner
+
+
+class Projection(NamedTuple):
+    """What rows are multiplied by.
+
+    Attributes:
+        matrix: [e,A,B].
+        a: [e,A,r] of an adapter, or None.
+        b: [e,r,B], or None.
+        whole: [e,A+r,B+r] where the three lie side by side; None where they do not.
+    """
+
+    matrix: Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+    whole: Tensor | None = None
+
+    def transposed(self) -> "Projection":
+        """What gradients of the product are multiplied by: views."""
+        flipped = [None if each is None else each.transpose(1, 2) for each in (self.matrix, self.b, self.a, self.whole)]
+        return Projection(*flipped)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def tail(self) -> int:
+        """Columns that rows need behind their own, for `low`."""
+        return 0 if self.whole is None else self.whole.shape[1] - self.matrix.shape[1]
+
+    def low(self, rows: Tensor, ends: Tensor) -> Tensor | None:
+        """rows @ A [P,r], also written behind the rows where they have a tail; None without an adapter.
+
+        Args:
+            rows: [P,A+tail].
+            ends: as for `grouped_mm`.
+        """
+        if self.a is None:
+            return None
+        width = self.matrix.shape[1]
+        low = grouped_mm(rows[:, :width], self.a, ends)
+        if self.whole is not None:
+            rows[:, width:] = low
+        return low
+
+    def product(self, rows: Tensor, low: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor | None]:
+        """rows @ matrix [P,B], and what the adapter adds to it [P,B]: None without one, or where it is in the first."""
+        if self.whole is not None:
+            return grouped_mm(rows, self.whole[:, :, : self.matrix.shape[2]], ends), None
+        more = None if low is None or self.b is None else grouped_mm(low, self.b, ends)
+        return grouped_mm(rows, self.matrix, ends), more
+
+
+def join(module: Any, name: str, rank: int) -> Joined | None:
+    """Move a parameter of an experts module into memory with room for an adapter; None where that gains nothing.
+
+    Args:
+        module: an experts module of transformers.
+        name: of a parameter, [E,in,out] if the module is transposed, else [E,out,in].
+        rank: of the adapter, padded.
+    """
+    parameter: nn.Parameter = getattr(module, name)
+    if isinstance(parameter, DTensor) or parameter.requires_grad or not parameter.is_contiguous():
+        return None
+    matrix = parameter.detach() if module.is_transposed else parameter.detach().transpose(1, 2)
+    rows = torch.empty(0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    if not takes_torch_grouped_mm(rows, matrix):
+        return None
+    joined = Joined(matrix, rank)
+    parameter.data = joined.matrix if module.is_transposed else joined.matrix.transpose(1, 2)
+    return joined
