@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_accel.kernels.rows import RowMap
+from moe_accel.kernels.sort import can_sort, sort_triton
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ def sort_by_expert(choices: Tensor, num_experts: int, num_pairs: int | None = No
         num_experts: e.
         num_pairs: how many choices are not -1; None where all are.
     """
+    if can_sort(choices, num_experts):
+        pairs, experts, ends, *rows = sort_triton(choices, num_experts, num_pairs)
+        return LocalRouting(pairs, experts, ends, RowMap(*rows))
+    return sort_torch(choices, num_experts, num_pairs)
+
+
+def sort_torch(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> LocalRouting:
+    """The definition of `sort_by_expert`."""
     num_rows, top_k = choices.shape
     flat = choices.reshape(-1)
     # One radix sort: fewer bits are fewer passes. What is not computed here goes to the tail.

@@ -31,7 +31,7 @@ def with_adapters(model: torch.nn.Module, experts: bool) -> torch.nn.Module:
     if experts:
         targets["target_parameters"] = EXPERTS
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, **targets), autocast_adapter_dtype=False)
-    generator = torch.Generator("cuda").manual_seed(2)
+    generator = torch.Generator(model.device).manual_seed(2)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()

@@ -6,7 +6,8 @@ The interpreter computes bf16 wrongly, and must be chosen before triton is impor
 import pytest
 import torch
 
-from moe_accel.kernels import cross_entropy, glu, rms_norm, rope, rows, squared_relu
+from moe_accel.experts import routing
+from moe_accel.kernels import cross_entropy, glu, rms_norm, rope, rows, sort, squared_relu
 from moe_accel.kernels.device import INTERPRETED
 from tests.unit.test_kernels import GATES
 
@@ -62,6 +63,70 @@ def test_activations_leave_room():
         assert u_grad.shape == (5, x.shape[1] + 8)
         assert torch.equal(u_grad[:, :-8], expected)
         assert all(map(torch.equal, rest, others))
+
+
+def assert_same_order(choices, num_experts, num_pairs=None):
+    """Every tensor of the kernels' routing is that of torch: values and dtype."""
+    assert sort.can_sort(choices, num_experts)
+    found = sort.sort_triton(choices, num_experts, num_pairs)
+    expected = routing.sort_torch(choices, num_experts, num_pairs)
+    of_torch = expected.pairs, expected.experts, expected.ends, *expected.rows
+    for name, one, other in zip(found._fields, found, of_torch, strict=True):
+        assert one.dtype == other.dtype, name
+        assert torch.equal(one, other), name
+
+
+def chosen(num_rows, top_k, num_experts, skew, lowest=0):
+    """[R,K] experts at random, low ones the more often the larger `skew` is."""
+    uniform = torch.rand(num_rows, top_k, generator=torch.Generator().manual_seed(num_rows + num_experts))
+    return (uniform**skew * (num_experts - lowest)).long() + lowest
+
+
+SORTED = [(1, 1), (32, 8), (47, 22)]
+
+
+@pytest.mark.parametrize("skew", [1, 8])
+@pytest.mark.parametrize("num_experts", [3, 128])
+@pytest.mark.parametrize(("num_rows", "top_k"), SORTED)
+def test_sort_of_pairs(num_rows, top_k, num_experts, skew):
+    assert_same_order(chosen(num_rows, top_k, num_experts, skew), num_experts)
+
+
+@pytest.mark.parametrize("skew", [1, 8])
+@pytest.mark.parametrize("num_experts", [1, 32])
+@pytest.mark.parametrize(("num_rows", "top_k"), SORTED)
+def test_sort_of_pairs_some_of_which_are_computed_elsewhere(num_rows, top_k, num_experts, skew):
+    choices = chosen(num_rows, top_k, num_experts, skew, lowest=-1).int()
+    assert_same_order(choices, num_experts, int((choices >= 0).sum()))
+
+
+@pytest.mark.parametrize("given", [0, -1, 127])
+def test_sort_of_pairs_that_are_all_alike(given):
+    choices = torch.full((90, 4), given)
+    assert_same_order(choices, 128, None if given >= 0 else 0)
+
+
+def test_sort_of_many_blocks(monkeypatch):
+    for name, size in {"BLOCK": 16, "CHUNK": 4, "SCANNED_BLOCKS": 4}.items():
+        monkeypatch.setattr(sort, name, size)
+    assert_same_order(chosen(41, 8, 6, skew=2), 6)
+    choices = chosen(41, 8, 6, skew=2, lowest=-1)
+    assert_same_order(choices, 6, int((choices >= 0).sum()))
+
+
+def test_sort_of_choices_that_are_not_contiguous():
+    assert_same_order(chosen(8, 60, 5, skew=1).t(), 5)
+
+
+def test_the_switch_leads_to_the_kernels_and_an_empty_batch_past_them(monkeypatch):
+    calls = []
+    monkeypatch.setattr(routing, "sort_triton", lambda *given: calls.append(given) or sort.sort_triton(*given))
+    assert routing.sort_by_expert(torch.tensor([[1, 0], [0, 1]]), 2).pairs.tolist() == [1, 2, 0, 3]
+    assert len(calls) == 1
+    for empty in (torch.zeros(0, 2, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int64)):
+        assert routing.sort_by_expert(empty, 2).ends.tolist() == [0, 0]
+    assert routing.sort_by_expert(torch.tensor([[1024, 0]]), 1025).pairs.tolist() == [1, 0]
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("inner", [1, 40, 1024, 1032])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_accel.kernels import cross_entropy, device, glu, rms_norm, rope, rows, squared_relu
+from moe_accel.kernels import cross_entropy, device, glu, rms_norm, rope, rows, sort, squared_relu
 
 SHARED_BYTES = 227 * 1024  # of a block on sm_90
 
@@ -85,6 +85,28 @@ COMPILED = {
         ["*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32"],
         {"COPIES": 8, "COLUMNS": 1024},
     ),
+    **{
+        f"{name} of {padded} experts": (kernel, types, {"EXPERTS": padded} | constants)
+        for padded in (128, 2048)
+        for name, kernel, types, constants in (
+            ("count", sort._count_kernel, ["*i64", "*i32", "i32", "i32"], {"BLOCK": sort.BLOCK}),
+            (
+                "scan",
+                sort._scan_kernel,
+                ["*i32", "*i32", "i32"],
+                {"BLOCKS": sort.SCANNED_BLOCKS, "TILE": sort.SCANNED_EXPERTS},
+            ),
+            *(
+                (
+                    f"place{dropping}",
+                    sort._place_kernel,
+                    ["*i64", "*i32", "*i32", "*i64", "*i16", "*i32", "*i64", "*i64", "*i64"] + ["i32"] * 4,
+                    {"DROPS": drops, "BLOCK": sort.BLOCK, "CHUNK": sort.CHUNK},
+                )
+                for dropping, drops in (("", False), (" or drop", True))
+            ),
+        )
+    },
     "softmax gradient": (
         cross_entropy._softmax_gradient_kernel,
         ["*bf16", "*i64", "*fp32", "*fp32"],
