@@ -116,7 +116,7 @@ def test_whatever_comes_out_has_the_shape_of_the_batch():
     asked = {"output_hidden_states": True, "output_router_logits": True}
     expected, found = (each(**batch, **asked) for each in (model, ours))
     real = batch["attention_mask"] == 1
-    assert expected.keys() - found.keys() == {"past_key_values"}
+    assert expected.keys() - found.keys() in ({"past_key_values"}, {"cache"})  # of 5.17, of 5.24
     for one, other in zip(expected.hidden_states, found.hidden_states, strict=True):
         torch.testing.assert_close(other[real], one[real], **SAME)
     for one, other in zip(expected.router_logits, found.router_logits, strict=True):
