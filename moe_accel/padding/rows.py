@@ -109,7 +109,7 @@ def of_mask(mask: Tensor, labels: Tensor) -> Found:
         return Found(None, bool(left), "labels of padding, or of a token behind padding, are not -100")
     if has_holes:
         return Found(None, bool(left), "padding inside a sequence")
-    index = torch.sort(real.view(-1), descending=True, stable=True).indices[:num_tokens]
+    index = torch.sort(real.view(-1).byte(), descending=True, stable=True).indices[:num_tokens]
     bounds = functional.pad(sizes.cumsum(0), (1, 0)).int()
     return Found(Rows(batch, length, tuple(lengths), bounds, index), bool(left))
 

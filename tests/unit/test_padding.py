@@ -77,8 +77,14 @@ def assert_same(model: Any, ours: Any, batch: dict[str, Any], **more: Any) -> No
 FAMILIES = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "granitemoe", "cohere2_moe"]
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("family", FAMILIES)
+RIGHT = [pytest.param(family, False, id=f"{family}-right") for family in FAMILIES]
+LEFT = [
+    pytest.param(family, True, id=f"{family}-left", marks=[] if family == "mixtral" else [pytest.mark.slow])
+    for family in FAMILIES
+]
+
+
+@pytest.mark.parametrize(("family", "left"), [*RIGHT, *LEFT])
 def test_loss_gradients_and_logits_are_those_of_the_padded_batch(family, left):
     model, ours = pair(family)
     assert_same(model, ours, ragged(left))
@@ -263,7 +269,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("family", REFUSED)
+def slow(family: str) -> Any:
+    return pytest.param(family, marks=pytest.mark.slow) if family in ("nemotron_h", "lfm2_moe", "minimax") else family
+
+
+@pytest.mark.parametrize("family", map(slow, REFUSED))
 def test_a_model_that_mixes_tokens_otherwise_keeps_its_padding(family):
     choice = padding.install(build_tiny(family))
     assert choice.value == "computed"
