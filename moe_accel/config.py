@@ -21,6 +21,7 @@ SECTION = "moe_config"
 DISPATCHERS = ("auto", "alltoall", "deepep")
 KERNELS = ("auto", "reference", "fused", "te")
 SAVE_LAYOUTS = ("per-expert", "stacked")
+PADDING_FREE = ("auto", "off")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class MoEOptions:
         kept_layers: last layers that gradient checkpointing leaves out: each takes memory and saves a recompute.
         save_layout: of saved models: `per-expert`, as `save_pretrained` writes for the hub, or `stacked`, as in memory.
         async_save: write periodic checkpoints while training goes on, from a copy in host memory.
+        padding_free: compute no padding in training where that changes no number (`auto`), or `off`.
     """
 
     ep_size: int = 1
@@ -44,6 +46,7 @@ class MoEOptions:
     kept_layers: int = 0
     save_layout: str = "per-expert"
     async_save: bool = False
+    padding_free: str = "auto"
 
     def problems(self) -> list[str]:
         """Every rule broken by the values alone, as sentences; empty when there is none."""
@@ -56,8 +59,16 @@ class MoEOptions:
                 found.append(f"{name}={value!r} must be a whole number")
             elif value < least:
                 found.append(f"{name}={value} must be at least {least}")
-        for name, allowed in (("dispatcher", DISPATCHERS), ("kernels", KERNELS), ("save_layout", SAVE_LAYOUTS)):
+        words = {
+            "dispatcher": DISPATCHERS,
+            "kernels": KERNELS,
+            "save_layout": SAVE_LAYOUTS,
+            "padding_free": PADDING_FREE,
+        }
+        for name, allowed in words.items():
             value = getattr(self, name)
+            if name == "padding_free" and value is False:  # what yaml makes of a plain `off`
+                continue
             if value not in allowed:
                 found.append(f"{name}={value!r} must be one of {', '.join(allowed)}{_did_you_mean(value, allowed)}")
         if not isinstance(self.async_save, bool):

@@ -16,6 +16,7 @@ from torch.utils._pytree import register_pytree_node
 
 from moe_accel.kernels.cross_entropy import linear_cross_entropy
 from moe_accel.kernels.device import as_autocast, autocast_dtype
+from moe_accel.padding.rows import Rows
 from moe_accel.report import Choice
 from moe_accel.swap import become, own_class
 
@@ -106,6 +107,7 @@ class DeferredLogits:
         cast: dtype of the logits, where `float()` or a cast changed it; None: what the product has.
         computed: dtype of hidden and weight.
         source: what this is a view of, its leading dimensions joined.
+        rows: where the tokens of hidden stand in the batch, whose padding was not computed; None: it is the batch.
         kept: the logits [..., V], once somebody asked.
     """
 
@@ -114,6 +116,7 @@ class DeferredLogits:
     cast: torch.dtype | None = None
     computed: torch.dtype | None = None
     source: "DeferredLogits | None" = None
+    rows: Rows | None = None
     kept: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -140,8 +143,19 @@ class DeferredLogits:
                 "the logits were not computed with the loss, and FSDP has taken the output layer's weight apart since; "
                 "ask for them before the next forward, or set kernels: reference"
             )
-        logits = functional.linear(self.hidden, self.weight)
+        logits = functional.linear(self._spread(), self.weight)
         return logits if self.cast is None else logits.to(self.cast)
+
+    def _spread(self) -> Tensor:
+        """Hidden states of the batch: zeros for padding, of which the logits are zeros."""
+        return self.hidden if self.rows is None else self.rows.put_batch(self.hidden)
+
+    def padded(self, rows: Rows) -> "Tensor | DeferredLogits":
+        """Of the tokens [1,N] of a batch: the logits [B,T,V], zeros for padding, deferred still."""
+        known = self.known()
+        if known is not None:
+            return rows.put_batch(known)
+        return DeferredLogits(self.hidden, self.weight, self.cast, rows=rows)
 
     def known(self) -> Tensor | None:
         """The logits, if they are computed already."""
@@ -152,7 +166,8 @@ class DeferredLogits:
     @property
     def shape(self) -> torch.Size:
         """Of the logits."""
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+        leading = self.hidden.shape[:-1] if self.rows is None else (self.rows.batch, self.rows.length)
+        return torch.Size((*leading, self.weight.shape[0]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,7 +189,8 @@ class DeferredLogits:
         known = self.known()
         if known is not None:
             return known.float()
-        return self if self.dtype == torch.float32 else DeferredLogits(self.hidden, self.weight, torch.float32)
+        same = self.dtype == torch.float32
+        return self if same else DeferredLogits(self.hidden, self.weight, torch.float32, rows=self.rows)
 
     def to(self, *args: Any, **kwargs: Any) -> "Tensor | DeferredLogits":
         """As of a tensor; deferred still in the same dtype and in fp32."""
@@ -189,7 +205,7 @@ class DeferredLogits:
     def view(self, *shape: Any) -> "Tensor | DeferredLogits":
         """Deferred still where only leading dimensions are joined: `view(-1, V)`."""
         if shape == (-1, self.weight.shape[0]) and self.known() is None:
-            joined = self.hidden.reshape(-1, self.hidden.shape[-1])
+            joined = self._spread().reshape(-1, self.hidden.shape[-1])
             return DeferredLogits(joined, self.weight, self.cast, source=self)
         return self.tensor().view(*shape)
 
@@ -220,7 +236,11 @@ _OF_DEVICE = {"is_cuda", "is_cpu", "get_device", "layout"}
 
 def _flatten(logits: DeferredLogits) -> tuple[list[Tensor], Any]:
     known = logits.known()
-    return ([logits.hidden, logits.weight], (logits.cast, logits.computed)) if known is None else ([known], None)
+    return (
+        ([logits.hidden, logits.weight], (logits.cast, logits.computed, None, logits.rows))
+        if known is None
+        else ([known], None)
+    )
 
 
 def _unflatten(tensors: Any, context: Any) -> "Tensor | DeferredLogits":

@@ -31,6 +31,7 @@ class MoEConfig(ParallelismConfig):
         kept_layers: last layers that gradient checkpointing leaves out: each takes memory and saves a recompute.
         save_layout: of saved models: `per-expert`, as `save_pretrained` writes for the hub, or `stacked`, as in memory.
         async_save: write periodic checkpoints while training goes on, from a copy in host memory.
+        padding_free: compute no padding in training where that changes no number (`auto`), or `off`.
 
     Raises:
         ConfigError: a value is wrong; all wrong values are listed. Or, when the Accelerator is made, they do not fit
@@ -43,6 +44,7 @@ class MoEConfig(ParallelismConfig):
     kept_layers: int = 0
     save_layout: str = "per-expert"
     async_save: bool = False
+    padding_free: str = "auto"
 
     sparse_mesh = None  # the experts' mesh, once an Accelerator has the config; not a field
 

@@ -17,12 +17,12 @@ from weakref import WeakKeyDictionary
 import accelerate.accelerator
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_accel import block, checkpoint, experts, kept, lora, loss, streaming
+from moe_accel import block, checkpoint, experts, kept, lora, loss, padding, streaming
 from moe_accel.dispatch import choose
 from moe_accel.errors import ConfigError, UnsupportedModelError
 from moe_accel.experts.gated import why_not_gated
@@ -208,11 +208,18 @@ def choose_kernels(asked: str, device: torch.device) -> Choice:
 
 
 def choose_rest(kernels: Choice, model: nn.Module, accelerator: Accelerator) -> dict[str, Choice]:
-    """How the rest of a block and the loss of `labels=` are computed, with the reasons, as fields of the report."""
+    """How the rest of a block, the loss of `labels=` and padding are computed, and why, as fields of the report."""
     if kernels.value == "reference":
-        return dict.fromkeys(("block", "loss"), Choice("native", "as transformers does it, with kernels: reference"))
-    precision = accelerator.mixed_precision
-    return {"block": block.install(model, accelerator.device), "loss": loss.install(model, precision)}
+        native = Choice("native", "as transformers does it, with kernels: reference")
+        return {"block": native, "loss": native, "padding": Choice("computed", native.reason)}
+    config: Any = accelerator.parallelism_config
+    dynamo: Any = getattr(accelerator.state, "dynamo_plugin", None)
+    compiled = dynamo is not None and dynamo.backend != DynamoBackend.NO
+    return {
+        "block": block.install(model, accelerator.device),
+        "loss": loss.install(model, accelerator.mixed_precision),
+        "padding": padding.install(model, config.padding_free, compiled),
+    }
 
 
 def told_of_lora(kernels: Choice, model: nn.Module, precision: str) -> list[str]:

@@ -32,6 +32,7 @@ class Report:
         kernels: how a rank computes.
         block: how norms and rotary embeddings are computed.
         loss: how the loss of `labels=` is computed.
+        padding: whether padding is computed in training.
         num_expert_parameters: elements of all experts of the whole model.
         num_trainable: those of them that require a gradient.
         notes: anything else that the user should know.
@@ -47,6 +48,7 @@ class Report:
     kernels: Choice
     block: Choice
     loss: Choice
+    padding: Choice
     num_expert_parameters: int
     num_trainable: int
     notes: tuple[str, ...] = ()
@@ -63,6 +65,7 @@ class Report:
             "kernels": self.kernels,
             "block": self.block,
             "loss": self.loss,
+            "padding": self.padding,
             "trainable": trainable,
         }
         lines = [f"moe-accel {VERSION}: {self.model}"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moe_accel.plugin import reports
 from tests.dist.ranks import run_alone
 from tests.dist.test_resume import EP2, EP4, STOCK, TWO_RANKS
 from tests.dist.test_trainer import CHECKPOINT, EP1_ON_2, STOCK_ON_2, reload, slow
@@ -80,7 +81,10 @@ def sft(
     )
     assert trainer.aux_loss_enabled == (aux_loss_coef > 0)
     finish = watch_training(trainer)
+    batches: list[int] = []
+    trainer.model.get_input_embeddings().register_forward_hook(lambda _, args, __: batches.append(args[0].shape[0]))
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    assert (1 in batches) == bool(reports(trainer.accelerator))  # two ragged rows are one without their padding
     result = finish()
     if save_as is not None:
         trainer.save_model(str(save_as))

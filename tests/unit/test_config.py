@@ -37,7 +37,8 @@ def test_every_mistake_is_reported_at_once_with_what_was_probably_meant():
         "  - dp_replicate_size=0 must be at least 1\n"
         "  - kernels='fussed' must be one of auto, reference, fused, te (did you mean 'fused'?)\n"
         "\n"
-        "hint: the keys are ep_size, dispatcher, kernels, dp_replicate_size, kept_layers, save_layout, async_save"
+        "hint: the keys are ep_size, dispatcher, kernels, dp_replicate_size, kept_layers, save_layout, async_save, "
+        "padding_free"
     )
 
 
@@ -175,4 +176,5 @@ def test_the_options_are_frozen():
         "kept_layers": 0,
         "save_layout": "per-expert",
         "async_save": False,
+        "padding_free": "auto",
     }

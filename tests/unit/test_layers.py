@@ -20,6 +20,7 @@ LAYERS = [
     {"version", "errors"},
     {"config", "hooks", "versions", "report", "swap"},
     {"mesh", "kernels", "cpu", "environment", "ranks"},
+    {"padding"},
     {"dispatch", "convert"},
     {"experts", "adapters"},
     {"block", "kept", "lora", "loss", "shard", "checkpoint", "streaming", "metrics", "estimate"},
@@ -130,7 +131,15 @@ def test_the_public_names_are_these_and_each_one_is_there():
 
 def test_the_options_are_these_and_adding_one_is_a_decision():
     saving = ("save_layout", "async_save")
-    assert ("ep_size", "dispatcher", "kernels", "dp_replicate_size", "kept_layers", *saving) == OPTION_NAMES
+    assert (
+        "ep_size",
+        "dispatcher",
+        "kernels",
+        "dp_replicate_size",
+        "kept_layers",
+        *saving,
+        "padding_free",
+    ) == OPTION_NAMES
     assert len(OPTION_NAMES) <= 12
 
 

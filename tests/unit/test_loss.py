@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from moe_accel import loss
 from moe_accel.kernels import cross_entropy
+from moe_accel.padding.rows import Rows
 from tests.families import build_tiny
 
 TOKENS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -325,3 +326,22 @@ def test_options_by_their_place_and_labels_of_another_size_are_as_torch_has_them
     with pytest.raises(ValueError, match=r"^Expected input batch_size \(18\) to match target batch_size \(17\)"):
         functional.cross_entropy(logits, TOKENS.view(-1)[1:])
     torch.testing.assert_close(found, functional.cross_entropy(logits.tensor(), *given))
+
+
+def test_logits_without_padding_leave_a_layer_still_deferred_and_of_the_batch():
+    hidden, weight = torch.randn(1, 5, 4), torch.randn(VOCABULARY, 4)
+    index = torch.tensor([0, 1, 3, 4, 5])
+    rows = Rows(2, 3, (2, 3), torch.tensor([0, 2, 5]), index)
+    expected = torch.zeros(6, VOCABULARY).index_copy(0, index, (hidden @ weight.t())[0]).view(2, 3, -1)
+    logits = loss.DeferredLogits(hidden, weight).padded(rows)
+    cast = tree_map(lambda value: value.double() if isinstance(value, torch.Tensor) else value, logits)
+    assert isinstance(cast, loss.DeferredLogits)
+    assert (cast.shape, cast.dtype, len(cast)) == (expected.shape, torch.float64, 2)
+    torch.testing.assert_close(cast.tensor(), expected.double())
+    torch.testing.assert_close(logits.float().view(-1, VOCABULARY) + 0, expected.view(-1, VOCABULARY))
+    labels = torch.tensor([[1, 2, -100], [3, 4, 5]])
+    found = functional.cross_entropy(logits.view(-1, VOCABULARY), labels.view(-1))
+    torch.testing.assert_close(found, functional.cross_entropy(expected.view(-1, VOCABULARY), labels.view(-1)))
+    known = loss.DeferredLogits(hidden, weight)
+    known.tensor()
+    torch.testing.assert_close(known.padded(rows), expected)

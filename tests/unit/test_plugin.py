@@ -133,6 +133,7 @@ def test_rank_0_says_what_was_done_once(capsys):
         "  kernels     fused (auto: one product per expert on this device)\n"
         "  block       native (kernels need a GPU)\n"
         "  loss        fused (output layer and cross-entropy together, never all logits, where labels are given)\n"
+        "  padding     left out (in training with labels, the same numbers in a small copy of the model)\n"
         f"  trainable   {parameters}\n"
     )
 

@@ -18,6 +18,7 @@ REPORT = Report(
     kernels=Choice("fused", "auto: grouped GEMMs for bf16 on this GPU"),
     block=Choice("fused", "193 of 193 norms, rotary embeddings too"),
     loss=Choice("fused", "output layer and cross-entropy together"),
+    padding=Choice("left out", "in training with labels"),
     num_expert_parameters=28_991_029_248,
     num_trainable=28_991_029_248,
 )
@@ -30,6 +31,7 @@ moe-accel {VERSION}: Qwen3MoeForCausalLM
   kernels     fused (auto: grouped GEMMs for bf16 on this GPU)
   block       fused (193 of 193 norms, rotary embeddings too)
   loss        fused (output layer and cross-entropy together)
+  padding     left out (in training with labels)
   trainable   29 B of 29 B expert parameters
 """
 

@@ -1,0 +1,88 @@
+"""Batches without their padding: only the tokens that are there are computed, one sequence after the other.
+
+batch.py       [B,T] becomes [1,N] before a forward, and what comes out [B,T] again
+rows.py        which tokens those are
+attention.py   attention within each sequence
+twin.py        the proof that a model's numbers stay the same
+"""
+
+import sys
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_accel.padding import attention
+from moe_accel.padding.batch import Flat, Proof, by_name, flatten
+from moe_accel.padding.twin import prove
+from moe_accel.report import Choice
+
+
+def install(model: Any, asked: str | bool = "auto", compiled: bool = False) -> Choice:
+    """Let a model leave out padding where that provably changes no number; returns what was chosen and why.
+
+    Args:
+        model: of transformers, its experts swapped.
+        asked: `padding_free` of `moe_config`; False is what yaml makes of `off`.
+        compiled: whether torch.compile is to compile it.
+    """
+    if asked in ("off", False):
+        return Choice("computed", "asked for: padding_free: off")
+    why_not = "torch.compile wants batches of one shape" if compiled else _why_not(model)
+    proof = why_not or prove(model)
+    if isinstance(proof, str):
+        return Choice("computed", proof)
+    attention.install()
+    if not hasattr(model, "_moe_accel_padding"):
+        model.register_forward_pre_hook(_before, with_kwargs=True)
+        model.register_forward_hook(_after, always_call=True)
+    model._moe_accel_padding = proof
+    but = [name for name, held in (("rows padded on the left", proof.left), ("packed rows", proof.packed)) if not held]
+    more = f"; {' and '.join(but)} stay as they are" if but else ""
+    return Choice("left out", f"in training with labels, the same numbers in a small copy of the model{more}")
+
+
+def _why_not(model: Any) -> str | None:
+    if not isinstance(model, PreTrainedModel):
+        return "not a model of transformers"
+    known = model.config.get_text_config()._attn_implementation
+    if known != "sdpa":
+        return f"attn_implementation is {known}, and must be sdpa"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "device_map spreads its layers"
+    for name, module in model.named_modules():
+        own: Any = vars(module).get("forward")
+        of_trl = module is model and getattr(own, "__globals__", {}).get("__name__", "").startswith("trl.")
+        if own is not None and not of_trl:
+            return f"somebody else replaced the forward of {name or 'the model'}"
+        if getattr(module, "lora_variant", None):
+            return f"LoRA's variants may look at other tokens ({name})"
+    return None
+
+
+def _before(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Around a forward of the model, before."""
+    attention.current.set(None)
+    proof: Proof = model._moe_accel_padding
+    named = None if torch.compiler.is_compiling() else by_name(model, args, kwargs)
+    flat = None if named is None else flatten(model, named, proof)
+    if isinstance(flat, str) and not hasattr(model, "_moe_accel_padding_told"):
+        model._moe_accel_padding_told = True
+        print(f"moe-accel: padding of a batch is computed: {flat}", file=sys.stderr, flush=True)
+    if not isinstance(flat, Flat):
+        return None
+    attention.current.set(flat.rows)
+    return (), flat.kwargs
+
+
+def _after(model: Any, args: Any, output: Any) -> Any:
+    """And after: outputs as of the padded batch."""
+    rows = None if torch.compiler.is_compiling() else attention.current.get()
+    if rows is None:
+        return None
+    attention.current.set(None)
+    if output is None:  # an error is on its way
+        return None
+    for name, value in list(output.items()):
+        setattr(output, name, rows.as_padded(value))
+    return output

@@ -1,0 +1,181 @@
+"""Attention among the tokens of each sequence, where sequences stand one after the other, without a mask [N,N].
+
+transformers makes a mask once a forward and hands it to every attention layer. Here that mask is a `Packed`, which says
+where the sequences begin; recompute gets it too, as an argument of the layer. Nothing but our attention can compute
+with it: a layer that does anything else with its mask stops, and does not attend where it should not.
+
+Sizes: N tokens, Q query heads, K key/value heads, D their width, V that of values.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import masking_utils
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from moe_accel.errors import UnsupportedModelError
+from moe_accel.kernels.device import as_autocast, capability
+from moe_accel.padding.rows import Rows
+
+current: ContextVar[Rows | None] = ContextVar("current", default=None)
+"""The tokens of the batch that a model computes now, while it makes its masks."""
+
+_MARK = "_moe_accel_packed"
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Stands for the mask of one row of sequences: causal within each, nothing between two.
+
+    Attributes:
+        rows: the sequences.
+        window: how many tokens a token sees, itself among them; None: all before it.
+    """
+
+    rows: Rows
+    window: int | None
+
+
+def install() -> None:
+    """Let transformers' `sdpa` attention know packed sequences; all else stays as it was."""
+    for interface, around in ((AttentionMaskInterface, _mask), (AttentionInterface, _attention)):
+        known = interface._global_mapping["sdpa"]
+        if not hasattr(known, _MARK):
+            interface.register("sdpa", around(known))
+
+
+def _mask(original: Callable) -> Callable:
+    def sdpa_mask(*args: Any, **kwargs: Any) -> Any:
+        rows = None if torch.compiler.is_compiling() else current.get()
+        return original(*args, **kwargs) if rows is None else Packed(rows, window_of(**kwargs))
+
+    setattr(sdpa_mask, _MARK, True)
+    return sdpa_mask
+
+
+def _attention(original: Callable) -> Callable:
+    def sdpa_attention_forward(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+    ) -> Any:
+        if not isinstance(attention_mask, Packed):
+            return original(module, query, key, value, attention_mask, **kwargs)
+        for name in ("dropout", "position_bias", "softcap"):
+            given = kwargs.get(name)
+            if isinstance(given, Tensor) or given:
+                raise unsupported(f"attention with {name}")
+        return attend(query, key, value, attention_mask, kwargs.get("scaling")), None
+
+    setattr(sdpa_attention_forward, _MARK, True)
+    return sdpa_attention_forward
+
+
+def window_of(mask_function: Any = None, local_size: int | None = None, **rest: Any) -> int | None:
+    """The window of a causal mask that transformers asks for; None: there is no window.
+
+    Raises:
+        UnsupportedModelError: it asks for another mask.
+    """
+    causal = masking_utils.causal_mask_function
+    if local_size is not None:
+        causal = masking_utils.sliding_window_causal_mask_function(local_size)
+    if rest.get("use_vmap") or not _same(mask_function, causal):
+        raise unsupported("a mask that is neither causal nor a sliding window")
+    if rest.get("q_length") != rest.get("kv_length") or rest.get("q_offset", 0) or rest.get("kv_offset", 0):
+        raise unsupported("keys and values of earlier tokens")
+    return local_size
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two functions have the same code, and in their closures the same numbers and functions."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if not (inspect.isfunction(one) and inspect.isfunction(other)):
+        return type(one) is type(other) is int and one == other
+    closures = [tuple(cell.cell_contents for cell in each.__closure__ or ()) for each in (one, other)]
+    return one.__code__ is other.__code__ and _same(*closures)
+
+
+def unsupported(what: str) -> UnsupportedModelError:
+    """The error of something that is not computed without padding."""
+    return UnsupportedModelError(f"{what} cannot be computed without padding", "moe_config: {padding_free: off}")
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float | None) -> Tensor:
+    """Attention of packed sequences.
+
+    Args:
+        query: [1,Q,N,D].
+        key: [1,K,N,D]; K divides Q.
+        value: [1,K,N,V].
+        mask: where the sequences are.
+        scale: of the scores; None: D to the power of -1/2.
+
+    Returns:
+        [1,N,Q,V], contiguous.
+    """
+    query, key, value = as_autocast(query, key, value)
+    with torch.autocast(query.device.type, enabled=False):
+        compute = by_kernel if fits_kernel(query, value) else by_sequence
+        return compute(query, key, value, mask, scale)
+
+
+def fits_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's flash attention takes these: 16-bit floats on a GPU, heads of at most 256."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or query.dtype != value.dtype:
+        return False
+    width = query.shape[-1]
+    return width % 8 == 0 and value.shape[-1] <= width <= 256 and capability(query.device) >= (8, 0)
+
+
+@cache
+def _knows_groups() -> bool:
+    """torch 2.11 wants as many heads of keys as of queries; later ones take fewer."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float | None) -> Tensor:
+    """`attend` by one kernel for all sequences."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    width = value.shape[-1]
+    if width < query.shape[-1]:
+        value = functional.pad(value, (0, query.shape[-1] - width))
+    groups = query.shape[1] // key.shape[1]
+    options: dict[str, Any] = {"enable_gqa": True} if groups > 1 and _knows_groups() else {}
+    if groups > 1 and not options:
+        key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+    bounds, longest = mask.rows.bounds, max(mask.rows.lengths)
+    window = (-1 if mask.window is None or mask.window >= longest else mask.window - 1, 0)
+    out: Any = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, **options
+    )
+    return out[..., :width].contiguous().unsqueeze(0)
+
+
+def by_sequence(query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float | None) -> Tensor:
+    """`attend` by one call of sdpa after the other: the definition."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, 1) if groups > 1 else each for each in (key, value))
+    done = []
+    for parts in zip(*(each.split(mask.rows.lengths, 2) for each in (query, key, value)), strict=True):
+        length = parts[0].shape[2]
+        seen = None
+        if mask.window is not None and mask.window < length:
+            at = torch.arange(length, device=query.device)
+            distance = at[:, None] - at
+            seen = (distance >= 0) & (distance < mask.window)
+        if length:
+            attended = functional.scaled_dot_product_attention(
+                *parts, attn_mask=seen, is_causal=seen is None, scale=scale
+            )
+            done.append(attended)
+    return torch.cat(done, 2).transpose(1, 2).contiguous()

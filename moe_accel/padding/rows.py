@@ -1,0 +1,133 @@
+"""The tokens of a batch that are computed, one sequence after the other.
+
+Sizes: B batch, T its padded length, N tokens that are computed, S sequences among them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORED = -100
+"""The label that transformers' losses ignore."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where the N computed tokens stand in a batch [B,T].
+
+    Attributes:
+        batch: B.
+        length: T.
+        lengths: tokens of each of the S sequences, on the host.
+        bounds: [S+1] int32, where each begins among the N tokens; the last is N.
+        index: [N] int64, places of the tokens in the batch as one row [B*T]; None: all of them, N is B*T.
+    """
+
+    batch: int
+    length: int
+    lengths: tuple[int, ...]
+    bounds: Tensor
+    index: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return sum(self.lengths)
+
+    def take(self, values: Tensor) -> Tensor:
+        """[B,T,...] -> [1,N,...]."""
+        flat = values.reshape(self.batch * self.length, *values.shape[2:])
+        return (flat if self.index is None else flat[self.index]).unsqueeze(0)
+
+    def put(self, values: Tensor) -> Tensor:
+        """[N,...] -> [B*T,...], zeros where nothing was computed."""
+        if self.index is None:
+            return values
+        return values.new_zeros(self.batch * self.length, *values.shape[1:]).index_copy(0, self.index, values)
+
+    def put_batch(self, values: Tensor) -> Tensor:
+        """[1,N,...] -> [B,T,...], zeros where nothing was computed."""
+        return self.put(values[0]).view(self.batch, self.length, *values.shape[2:])
+
+    def as_padded(self, value: Any) -> Any:
+        """What a model puts out for [1,N] tokens, as it puts it out for [B,T]; what has no tokens in it stays."""
+        if isinstance(value, tuple | list):
+            return type(value)(map(self.as_padded, value))
+        if hasattr(value, "padded"):  # logits that are not computed yet
+            return value.padded(self)
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        if value.ndim > 1 and value.shape[:2] == (1, self.num_tokens):
+            return self.put_batch(value)
+        if value.ndim > 1 and value.shape[:2] == (1, self.num_tokens - 1):  # of each token but the last
+            return self.put_batch(functional.pad(value, (0, 0) * (value.ndim - 2) + (0, 1)))[:, :-1]
+        if value.ndim > 1 and value.shape[0] == self.num_tokens:
+            return self.put(value)
+        return value
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to know of a padded batch before it is computed without padding.
+
+    Attributes:
+        rows: its tokens; None where none is padding, or all are.
+        left: whether padding comes first in a row.
+        why_not: what makes the padded batch compute something else; None: nothing does.
+    """
+
+    rows: Rows | None
+    left: bool = False
+    why_not: str | None = None
+
+
+def of_mask(mask: Tensor, labels: Tensor) -> Found:
+    """The tokens of a batch that its mask does not call padding; waits for the device once.
+
+    Args:
+        mask: [B,T], 0 for padding.
+        labels: [B,T] int64.
+    """
+    real = mask != 0
+    batch, length = real.shape
+    before = functional.pad(real[:, :-1], (1, 0))
+    runs = (real & ~before).sum(1)
+    aimed_at = (labels[:, 1:] != IGNORED) & ~(real[:, 1:] & before[:, 1:])
+    late = (runs > 0) & ~real[:, 0]
+    told = torch.stack((aimed_at.any(), (runs > 1).any(), late.any())).long()
+    sizes = real.sum(1)
+    has_labels, has_holes, left, *lengths = torch.cat((told, sizes)).tolist()
+    num_tokens = sum(lengths)
+    if num_tokens in (0, batch * length):
+        return Found(None)
+    if has_labels:
+        return Found(None, bool(left), "labels of padding, or of a token behind padding, are not -100")
+    if has_holes:
+        return Found(None, bool(left), "padding inside a sequence")
+    index = torch.sort(real.view(-1).byte(), descending=True, stable=True).indices[:num_tokens]
+    bounds = functional.pad(sizes.cumsum(0), (1, 0)).int()
+    return Found(Rows(batch, length, tuple(lengths), bounds, index), bool(left))
+
+
+def of_positions(positions: Tensor) -> Rows | None:
+    """The sequences of a packed batch, which begin where transformers sees them begin; waits for the device.
+
+    Args:
+        positions: [B,T] int64.
+
+    Returns:
+        All tokens of the batch; None where each row is one sequence.
+    """
+    batch, length = positions.shape
+    begins = functional.pad(positions.diff(dim=1) != 1, (1, 0), value=True)
+    at: Sequence[int] = begins.view(-1).nonzero().view(-1).tolist()
+    if len(at) == batch:
+        return None
+    bounds = [*at, batch * length]
+    lengths = tuple(end - start for start, end in pairwise(bounds))
+    return Rows(batch, length, lengths, torch.tensor(bounds, dtype=torch.int32).to(positions.device), None)

@@ -1,0 +1,265 @@
+"""The proof: a small copy of a model gives the same loss, gradients and outputs with padding and without.
+
+The copy has the model's own class and config, all its kinds of layers, and small sizes; random weights in fp64, on the
+CPU, in some tenths of a second. Whatever mixes tokens in another way than attention under the mask of transformers
+(convolutions, linear attention, a mask of a layer's own, tokens that are shifted) gives other numbers, or stops.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from moe_accel.errors import UnsupportedModelError
+from moe_accel.padding import attention
+from moe_accel.padding.batch import Flat, Proof, flatten
+from moe_accel.padding.rows import IGNORED
+from moe_accel.swap import own_class
+
+SMALL: dict[str, int] = {
+    "vocab_size": 96,
+    "vocab_size_per_layer_input": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "dense_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "shared_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 24,
+    "shared_experts_intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "top_k_experts": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 8,
+    "index_topk": 8,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "sliding_window": 8,
+    "sliding_window_size": 8,
+    "attention_chunk_size": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+"""Sizes in the copy, of those that a config has and that are larger there. Any will do that fit together."""
+
+LENGTHS = (13, 20, 6)
+NUM_LAYERS = (2, 4, 8, 16, 32)
+TOLERANCE = 1e-4
+"""Relative. Routers, norms and rotary embeddings compute in fp32; a token that sees another one is off by far more."""
+
+_proven: dict[Any, Proof | str] = {}
+
+
+def prove(model: PreTrainedModel) -> Proof | str:
+    """Which batches a model computes to the same numbers without padding; or why none."""
+    key = own_class(model), json.dumps(model.config.to_dict(), default=str, sort_keys=True), frozenset(kinds(model))
+    if key not in _proven:
+        with _aside():
+            _proven[key] = _prove(model)
+    return _proven[key]
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Nothing is seen of what happens here: no random number drawn, nothing said, no default changed."""
+    verbosity, num_threads = logging.get_verbosity(), torch.get_num_threads()
+    logging.set_verbosity(50)  # critical
+    torch.set_num_threads(1)  # products this small are slower on more
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        torch.set_num_threads(num_threads)
+
+
+def kinds(model: nn.Module) -> set[Any]:
+    """The kinds of modules that a model is made of: their classes, and what tells layers of one class apart."""
+    found = set()
+    for module in model.modules():
+        words = [getattr(module, name, None) for name in ("attention_type", "layer_type", "is_sliding", "is_causal")]
+        told = tuple(each if isinstance(each, str | bool) else None for each in words)
+        found.add((own_class(module), *told, bool(getattr(module, "sliding_window", None))))
+    return found
+
+
+def _prove(model: PreTrainedModel) -> Proof | str:
+    try:
+        twin = twin_of(model)
+    except Exception as error:  # the sizes do not fit together, or whatever else a class of anybody's may do
+        return f"a small copy to try it on cannot be made: {_said(error)}"
+    if isinstance(twin, str):
+        return twin
+    right = _compare(twin, _batch(left=False))
+    if right is not None:
+        return right
+    return Proof(left=_compare(twin, _batch(left=True)) is None, packed=_compare(twin, _packed()) is None)
+
+
+def twin_of(model: PreTrainedModel) -> PreTrainedModel | str:
+    """A small copy of a model with random weights; or what of the model is not in a copy."""
+    asked = {kind for kind in kinds(model) if not _is_plain(kind[0])}
+    missing, made = asked, cast(Any, None)
+    for num_layers in NUM_LAYERS:
+        config = copy.deepcopy(model.config)
+        shrink(config, num_layers)
+        made = own_class(model)._from_config(config, attn_implementation="sdpa", dtype=torch.float64)
+        made.set_experts_implementation("eager")
+        missing = asked - kinds(made)
+        if not missing or num_layers >= getattr(model.config.get_text_config(), "num_hidden_layers", 0):
+            break
+    if missing:
+        return f"{sorted(kind[0].__name__ for kind in missing)[0]} is not in a model of this config as it is here"
+    for name, parameter in made.named_parameters():
+        noise = torch.randn(parameter.shape, dtype=torch.float64)
+        values = noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1 * noise
+        parameter.data.copy_(values + (1.0 if parameter.ndim == 1 and "norm" in name.lower() else 0.0))
+    for module in made.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        rope = getattr(module, "rope_type", "")
+        if any(
+            "dynamic" in each or each == "longrope" for each in (rope.values() if isinstance(rope, dict) else [rope])
+        ):
+            return "its rotary embedding depends on the longest row of a batch"
+    return made.train()
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether a module computes token by token whatever its config: what PEFT puts around layers."""
+    plain = (nn.Linear, nn.Identity, nn.Dropout, nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+    return kind in plain or kind.__module__.startswith(("peft.tuners.lora.", "peft.utils.", "peft.tuners.tuners_utils"))
+
+
+def shrink(config: Any, num_layers: int) -> None:
+    """Give a config, and those in it, the sizes of `SMALL` and at most so many layers."""
+    for name in type(config).sub_configs:
+        if getattr(config, name, None) is not None:
+            shrink(getattr(config, name), num_layers)
+    before = getattr(config, "num_hidden_layers", None)
+    groups = before and getattr(config, "num_attention_heads", 1) == getattr(config, "num_key_value_heads", None)
+    for name, small in SMALL.items():
+        value = getattr(config, name, None)
+        if type(value) is int and value > small:
+            setattr(config, name, small if not (groups and name == "num_key_value_heads") else 4)
+    if isinstance(before, int) and before > num_layers:
+        for name, value in list(vars(config).items()):
+            if isinstance(value, list) and len(value) == before:
+                setattr(config, name, value[:num_layers])
+        config.num_hidden_layers = num_layers
+    for name in ("quantization_config", "distributed_config"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+
+
+def _batch(left: bool) -> dict[str, Any]:
+    longest = max(LENGTHS) + 4  # a whole column of padding
+    ids = torch.randint(1, SMALL["vocab_size"], (len(LENGTHS), longest))
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(LENGTHS):
+        mask[row, longest - length if left else 0 :][:length] = 1
+    labels = ids.where((mask == 1) & (torch.rand(ids.shape) < 0.6), IGNORED)
+    for row, length in enumerate(LENGTHS):
+        labels[row, longest - length if left else 0] = IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _packed() -> dict[str, Any]:
+    ids = torch.randint(1, SMALL["vocab_size"], (1, sum(LENGTHS)))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.clone(), "use_cache": False}
+
+
+def _compare(twin: PreTrainedModel, batch: dict[str, Any]) -> str | None:
+    """What is not the same of a batch without its padding; None: all is."""
+    flat = flatten(twin, batch, Proof())
+    assert isinstance(flat, Flat)
+    attention.install()
+    more: dict[str, Any] = {"use_cache": False}
+    try:
+        try:
+            expected = _run(twin, batch | more | {"output_router_logits": True})
+            more["output_router_logits"] = True
+        except Exception:  # it has no such loss, or cannot compute it
+            expected = _run(twin, batch | more)
+    except Exception as error:
+        return f"a small copy of the model does not compute a padded batch: {_said(error)}"
+    token = attention.current.set(flat.rows)
+    try:
+        found = _run(twin, flat.kwargs | more, recomputed=True)
+    except UnsupportedModelError as error:
+        return error.message
+    except Exception as error:
+        return f"a layer does more than attend with its mask: {_said(error)}"
+    finally:
+        attention.current.reset(token)
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+    logits = flat.rows.as_padded(found.pop("logits"))
+    pairs = {"logits": (expected.pop("logits")[real], logits[real])}
+    pairs |= {name: (value, found[name]) for name, value in expected.items()}
+    for name, (one, other) in pairs.items():
+        if not _near(one, other):
+            if not _near(expected["loss"], _run(twin, batch | more)["loss"]):
+                return "it draws random numbers beyond dropout, which would fall otherwise"
+            return f"tokens meet elsewhere than in its attention: {name} differs without padding, in a small copy"
+    return None
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one - other).norm() <= TOLERANCE * one.norm() + 1e-12)
+
+
+def _run(twin: PreTrainedModel, batch: dict[str, Any], recomputed: bool = False) -> dict[str, Tensor]:
+    """Loss, logits, and the gradients of all parameters by name."""
+    if recomputed and twin.supports_gradient_checkpointing:
+        twin.gradient_checkpointing_enable({"use_reentrant": False})
+    twin.zero_grad(set_to_none=True)
+    outputs = twin(**batch)
+    outputs.loss.backward()
+    if recomputed and twin.supports_gradient_checkpointing:
+        twin.gradient_checkpointing_disable()
+    gradients = {name: each.grad for name, each in twin.named_parameters() if each.grad is not None}
+    return {"loss": outputs.loss.detach(), "logits": outputs.logits.detach(), **gradients}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
