@@ -129,8 +129,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     adapted = experts.install_adapters(model, found)
     checkpoint.install_on_model(accelerator, _unwrapped(model))
     absent = forget_absent_layers(_unwrapped(model))
-    fsdp_plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    kept_said = kept.keep_layers(_unwrapped(model), config.kept_layers, fsdp_plugin)
+    kept_said = kept.keep(_unwrapped(model), config.kept_layers, accelerator)
 
     kernels = choose_kernels(config.kernels, accelerator.device)
     group = config.sparse_mesh.get_group("ep") if config.ep_size > 1 else None
