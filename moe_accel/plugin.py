@@ -28,6 +28,7 @@ from moe_accel.errors import ConfigError, UnsupportedModelError
 from moe_accel.experts.gated import why_not_gated
 from moe_accel.hooks import wrap
 from moe_accel.mesh import check_experts
+from moe_accel.prefetch import prefetch_experts
 from moe_accel.report import Choice, Report, say
 from moe_accel.shard import restore_buffers, shard_experts, without_experts
 from moe_accel.versions import check_versions
@@ -179,6 +180,8 @@ def shard_model(accelerator: Accelerator, model: nn.Module, stock: Callable) -> 
         restore_buffers(detached, accelerator.device)
         if apart:
             shard_experts(detached, config.sparse_mesh, accelerator)
+            if config.sparse_mesh["efsdp"].size() > 1:  # else there is nothing to gather
+                prefetch_experts(model)
     return model
 
 

@@ -22,7 +22,7 @@ LAYERS = [
     {"mesh", "kernels", "cpu", "environment", "ranks"},
     {"dispatch", "convert"},
     {"experts", "adapters"},
-    {"block", "kept", "lora", "loss", "shard", "checkpoint", "streaming", "metrics", "estimate"},
+    {"block", "kept", "lora", "loss", "shard", "prefetch", "checkpoint", "streaming", "metrics", "estimate"},
     {"plugin"},
     {"parallelism"},
     {"worker"},
