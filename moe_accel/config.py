@@ -33,7 +33,8 @@ class MoEOptions:
         dispatcher: transport of tokens to experts: `auto`, `alltoall` or `deepep`. Unused at ep_size 1.
         kernels: how a rank computes its experts: `auto`, `reference` (a slow, true loop), `fused` or `te`.
         dp_replicate_size: HSDP replicas; None leaves it to accelerate's own `parallelism_config` section.
-        kept_layers: last layers that gradient checkpointing leaves out: each takes memory and saves a recompute.
+        kept_layers: last layers that gradient checkpointing leaves out, each for memory, to save a recompute: a number,
+            or `auto`, as many as the GPU has memory for, measured in the first steps.
         save_layout: of saved models: `per-expert`, as `save_pretrained` writes for the hub, or `stacked`, as in memory.
         async_save: write periodic checkpoints while training goes on, from a copy in host memory.
         padding_free: compute no padding in training where that changes no number (`auto`), or `off`.
@@ -43,7 +44,7 @@ class MoEOptions:
     dispatcher: str = "auto"
     kernels: str = "auto"
     dp_replicate_size: int | None = None
-    kept_layers: int = 0
+    kept_layers: int | str = 0
     save_layout: str = "per-expert"
     async_save: bool = False
     padding_free: str = "auto"
@@ -55,8 +56,11 @@ class MoEOptions:
             value = getattr(self, name)
             if value is None and name == "dp_replicate_size":
                 continue
+            if value == "auto" and name == "kept_layers":
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
-                found.append(f"{name}={value!r} must be a whole number")
+                or_auto = " or auto" if name == "kept_layers" else ""
+                found.append(f"{name}={value!r} must be a whole number{or_auto}")
             elif value < least:
                 found.append(f"{name}={value} must be at least {least}")
         words = {

@@ -28,7 +28,8 @@ class MoEConfig(ParallelismConfig):
         ep_size: ranks that share one set of experts; divides both the number of experts and the data-parallel ranks.
         dispatcher: transport of tokens to experts: `auto`, `alltoall` or `deepep`. Unused at ep_size 1.
         kernels: how a rank computes its experts: `auto`, `reference` (a slow, true loop), `fused` or `te`.
-        kept_layers: last layers that gradient checkpointing leaves out: each takes memory and saves a recompute.
+        kept_layers: last layers that gradient checkpointing leaves out, each for memory, to save a recompute: a number,
+            or `auto`, as many as the GPU has memory for, measured in the first steps.
         save_layout: of saved models: `per-expert`, as `save_pretrained` writes for the hub, or `stacked`, as in memory.
         async_save: write periodic checkpoints while training goes on, from a copy in host memory.
         padding_free: compute no padding in training where that changes no number (`auto`), or `off`.
@@ -41,7 +42,7 @@ class MoEConfig(ParallelismConfig):
     ep_size: int = 1
     dispatcher: str = "auto"
     kernels: str = "auto"
-    kept_layers: int = 0
+    kept_layers: int | str = 0
     save_layout: str = "per-expert"
     async_save: bool = False
     padding_free: str = "auto"

@@ -28,6 +28,7 @@ from moe_accel.errors import ConfigError, UnsupportedModelError
 from moe_accel.experts.gated import why_not_gated
 from moe_accel.hooks import wrap
 from moe_accel.mesh import check_experts
+from moe_accel.prefetch import prefetch_experts
 from moe_accel.report import Choice, Report, say
 from moe_accel.shard import restore_buffers, shard_experts, without_experts
 from moe_accel.versions import check_versions
@@ -133,8 +134,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     adapted = experts.install_adapters(model, found)
     checkpoint.install_on_model(accelerator, _unwrapped(model))
     absent = forget_absent_layers(_unwrapped(model))
-    fsdp_plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    kept_said = kept.keep_layers(_unwrapped(model), config.kept_layers, fsdp_plugin)
+    kept_said = kept.keep(_unwrapped(model), config.kept_layers, accelerator)
 
     kernels = choose_kernels(config.kernels, accelerator.device)
     group = config.sparse_mesh.get_group("ep") if config.ep_size > 1 else None
@@ -184,6 +184,8 @@ def shard_model(accelerator: Accelerator, model: nn.Module, stock: Callable) -> 
         restore_buffers(detached, accelerator.device)
         if apart:
             shard_experts(detached, config.sparse_mesh, accelerator)
+            if config.sparse_mesh["efsdp"].size() > 1:  # else there is nothing to gather
+                prefetch_experts(model)
     return model
 
 

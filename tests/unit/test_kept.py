@@ -6,6 +6,7 @@ import accelerate.accelerator
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 
 from moe_accel import MoEConfig, kept, plugin
 from moe_accel.errors import ConfigError
@@ -125,9 +126,11 @@ def test_fsdp_1_is_refused_and_so_are_more_layers_than_there_are(monkeypatch):
 def test_gradients_are_the_same():
     found = []
     for num_kept in (0, 1):
+        AcceleratorState._reset_state(True)  # which holds the config of the first Accelerator
         model, _ = prepared(three_layers(), num_kept)
         model.gradient_checkpointing_enable()
         tiny_loss(model, tiny_inputs("qwen3_moe")).backward()
+        assert model.model.layers[-1].gradient_checkpointing == (num_kept == 0)
         found.append({name: each.grad for name, each in model.named_parameters()})
     assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
 

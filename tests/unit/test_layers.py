@@ -23,7 +23,7 @@ LAYERS = [
     {"padding"},
     {"dispatch", "convert"},
     {"experts", "adapters"},
-    {"block", "kept", "lora", "loss", "shard", "checkpoint", "streaming", "metrics", "estimate"},
+    {"block", "kept", "lora", "loss", "shard", "prefetch", "checkpoint", "streaming", "metrics", "estimate"},
     {"plugin"},
     {"parallelism"},
     {"worker"},

@@ -1,4 +1,4 @@
-"""Layers that are kept from recompute, whoever checkpoints activations and whenever: `kept_layers` of `moe_config`.
+"""Layers that are kept from recompute, whoever checkpoints activations and whenever: `kept_layers: N` of `moe_config`.
 
 Checkpointing is switched on by transformers (`gradient_checkpointing_enable`, by the Trainer too), before prepare() or
 after it, or by accelerate within prepare() (`fsdp_config: {activation_checkpointing: true}`). So a kept layer carries a
@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_accel.errors import ConfigError
-from moe_accel.experts import is_decorated
+from moe_accel.experts import is_decorated, settings_of
 from moe_accel.hooks import wrap
 
 _MARK = "_moe_accel_kept"
+CHOSEN = "_moe_accel_kept_auto"
+"""Mark of a model whose kept layers are chosen as it trains: a checkpoint wrapper could not be switched."""
 
 
 def install() -> None:
@@ -41,7 +43,7 @@ def keep_layers(model: nn.Module, num_kept: int, fsdp_plugin: Any = None) -> lis
     """
     if not num_kept:
         return []
-    layers = _layers(model)
+    layers = list(checkpointed_layers(model).values())
     if num_kept > len(layers):
         raise ConfigError(
             f"kept_layers={num_kept} must be at most {len(layers)}, the layers that {type(model).__name__} checkpoints"
@@ -63,24 +65,42 @@ def keep_layers(model: nn.Module, num_kept: int, fsdp_plugin: Any = None) -> lis
     return [f"kept_layers: nothing is checkpointed so far; if it is later, {which} of {len(layers)} will be left out"]
 
 
-def _layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+def checkpointed_layers(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
     """Layers that are checkpointed, in order, of the lists that have experts: no vision tower, which may come last."""
     named = [(name, each) for name, each in model.named_modules() if isinstance(each, GradientCheckpointingLayer)]
     lists = {name.rpartition(".")[0] for name, layer in named if any(map(is_decorated, layer.modules()))}
-    return [layer for name, layer in named if name.rpartition(".")[0] in lists]
+    return {name: layer for name, layer in named if name.rpartition(".")[0] in lists}
+
+
+def set_kept(layer: nn.Module, kept: bool) -> None:
+    """Keep a layer from now on, or let it be checkpointed again if it would be without us; its experts follow."""
+    if kept == is_kept(layer):
+        return
+    if kept:
+        vars(layer)[_MARK] = layer.gradient_checkpointing
+    checkpointed: Any = False if kept else vars(layer).pop(_MARK)
+    layer.gradient_checkpointing = checkpointed
+    for module in filter(is_decorated, layer.modules()):
+        settings_of(module).lean = kept
+
+
+def is_checkpointed(layer: nn.Module) -> bool:
+    """Whether a layer is checkpointed, or would be if it was not kept."""
+    return bool(vars(layer).get(_MARK, False) or layer.gradient_checkpointing)
 
 
 def kept_experts(model: nn.Module) -> set[nn.Module]:
     """The experts modules of the layers that are kept."""
-    return {module for layer in filter(_is_kept, model.modules()) for module in filter(is_decorated, layer.modules())}
+    return {module for layer in filter(is_kept, model.modules()) for module in filter(is_decorated, layer.modules())}
 
 
-def _is_kept(module: nn.Module) -> bool:
+def is_kept(module: nn.Module) -> bool:
+    """Whether this is a layer that is kept."""
     return _MARK in vars(module)
 
 
 def _switch_off(model: nn.Module) -> None:
-    for layer in filter(_is_kept, model.modules()):
+    for layer in filter(is_kept, model.modules()):
         setattr(layer, "gradient_checkpointing", False)  # noqa: B010 no Module or Tensor, says pyright
 
 
@@ -89,6 +109,8 @@ def _set_gradient_checkpointing(original: Callable) -> Callable:
 
     def set_gradient_checkpointing(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        for layer in filter(is_kept, self.modules()):
+            vars(layer)[_MARK] = layer.gradient_checkpointing
         _switch_off(self)
 
     return set_gradient_checkpointing
@@ -98,6 +120,10 @@ def _fsdp2_apply_ac(original: Callable) -> Callable:
     """Around the `fsdp2_apply_ac` that `Accelerator.prepare` calls: it wraps layers, or parts of them."""
 
     def fsdp2_apply_ac(accelerator: Any, model: nn.Module) -> nn.Module:
+        chosen: Any = next((each for each in model.modules() if CHOSEN in vars(each)), None)
+        if chosen is not None:  # transformers does the same by a flag of each layer, which can be switched
+            chosen.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            return model
         model = original(accelerator, model)
         unwrap_kept(model)
         return model
@@ -111,7 +137,7 @@ def unwrap_kept(model: nn.Module) -> None:
     Raises:
         ConfigError: a wrapper holds more than a kept layer, which can't be recomputed without it.
     """
-    kept = [each for each in model.modules() if _is_kept(each)]
+    kept = [each for each in model.modules() if is_kept(each)]
     parts = {id(part) for layer in kept for part in layer.modules()}
     for name, wrapper in reversed(list(model.named_modules())):  # what is inside of a wrapper first
         if not isinstance(wrapper, ActivationWrapper):
@@ -119,7 +145,7 @@ def unwrap_kept(model: nn.Module) -> None:
         inner: Any = wrapper._checkpoint_wrapped_module
         if id(inner) in parts:
             model.set_submodule(name, inner)
-        elif any(_is_kept(each) for each in inner.modules()):
+        elif any(is_kept(each) for each in inner.modules()):
             plain = name.replace("._checkpoint_wrapped_module", "")
             raise ConfigError(
                 f"kept_layers={len(kept)}: activation_checkpointing recomputes {plain} as one, with a kept layer in it",
