@@ -31,7 +31,7 @@ from moe_accel.experts.routing import LocalRouting
 from moe_accel.experts.weights import has_post_norm
 from moe_accel.kernels.device import as_autocast
 from moe_accel.kernels.glu import SWIGLU, ExpertBias, Gate, glu, glu_backward
-from moe_accel.kernels.grouped import grouped_mm, grouped_outer
+from moe_accel.kernels.grouped import TORCH, GroupedGemm
 from moe_accel.kernels.rows import gather, sum_copies
 from moe_accel.kernels.squared_relu import squared_relu, squared_relu_backward
 from moe_accel.swap import is_bare
@@ -64,6 +64,7 @@ def gated_experts(
     gate: Gate | None = SWIGLU,
     biases: tuple[Tensor | None, Tensor | None] = (None, None),
     lean: bool = False,
+    gemm: GroupedGemm = TORCH,
 ) -> Tensor:
     """Weighted sum of each row's experts.
 
@@ -78,6 +79,7 @@ def gated_experts(
         gate: between the two projections; None: relu^2.
         biases: [e,2I], of a projection with a gate, and [e,H], in their own dtypes.
         lean: compute the first projection again in backward rather than keep its output.
+        gemm: who multiplies.
 
     Returns:
         [R,H] in the dtype of x, differentiable once in x, up, down, weight_p, the factors and the biases.
@@ -86,7 +88,7 @@ def gated_experts(
     factors = *(up_factors or (None, None)), *(down_factors or (None, None))
     places = routing.ends, routing.experts, *routing.rows
     with torch.autocast(x.device.type, enabled=False):
-        y: Any = _Gated.apply(x_, up, down, weight_p, *factors, *biases, *places, gate, lean)
+        y: Any = _Gated.apply(x_, up, down, weight_p, *factors, *biases, *places, gate, lean, gemm)
     return y.to(x.dtype)
 
 
@@ -111,16 +113,17 @@ class _Gated(torch.autograd.Function):
         starts,
         gate,
         lean,
+        gemm,
     ) -> Tensor:
-        ctx.gate = gate
+        ctx.gate, ctx.gemm = gate, gemm
         rows = gather(x, sources)
-        u = grouped_mm(rows, up, ends)
-        up_low, u_more = _low_rank(rows, up_a, up_b, ends)
+        u = gemm.multiply(rows, up, ends)
+        up_low, u_more = _low_rank(gemm, rows, up_a, up_b, ends)
         del rows
         a = _activate(u, weight_p, u_more, gate, up_bias, experts)
         del u_more
-        y = grouped_mm(a, down, ends)
-        down_low, y_more = _low_rank(a, down_a, down_b, ends)
+        y = gemm.multiply(a, down, ends)
+        down_low, y_more = _low_rank(gemm, a, down_a, down_b, ends)
         factors = up_a, up_b, up_low, down_a, down_b, down_low
         places = ends, experts, sources, copies, starts
         ctx.save_for_backward(x, up, down, weight_p, None if lean else u, *factors, up_bias, down_bias, *places)
@@ -136,34 +139,37 @@ class _Gated(torch.autograd.Function):
         up_bias, down_bias, ends, experts, sources, copies, starts = rest
         needs_x, needs_up, needs_down, needs_weight, *needs_factors = ctx.needs_input_grad[:8]
         needs_up_bias, needs_down_bias = ctx.needs_input_grad[8:10]
+        gemm: GroupedGemm = ctx.gemm
         rows = None
         if u is None:
             rows = gather(x, sources)
-            u = grouped_mm(rows, up, ends)
+            u = gemm.multiply(rows, up, ends)
         y_grad = gather(gradients[0], sources)
-        down_low_grad, a_grad_more = _low_rank(y_grad, _t(down_b), _t(down_a), ends)
-        u_more = None if up_low is None else grouped_mm(up_low, up_b, ends)
-        a_grad = grouped_mm(y_grad, _t(down), ends)
+        down_low_grad, a_grad_more = _low_rank(gemm, y_grad, _t(down_b), _t(down_a), ends)
+        u_more = None if up_low is None else gemm.multiply(up_low, up_b, ends)
+        a_grad = gemm.multiply(y_grad, _t(down), ends)
         of_a = a_grad, u, weight_p, a_grad_more, u_more
         u_grad, weight_grad, a = _activate_backward(*of_a, ctx.gate, up_bias, experts)
         del of_a
         del a_grad, a_grad_more, u_more, u
-        down_grad = _like(down, a, y_grad, ends) if needs_down else None
+        down_grad = _like(gemm, down, a, y_grad, ends) if needs_down else None
         down_factors_grad = (
-            _like(down_a, a, down_low_grad, ends) if needs_factors[2] else None,
-            _like(down_b, down_low, y_grad, ends) if needs_factors[3] else None,
+            _like(gemm, down_a, a, down_low_grad, ends) if needs_factors[2] else None,
+            _like(gemm, down_b, down_low, y_grad, ends) if needs_factors[3] else None,
         )
         del a, y_grad
-        up_low_grad, x_grad_more = _low_rank(u_grad, _t(up_b), _t(up_a) if needs_x else None, ends)
+        up_low_grad, x_grad_more = _low_rank(gemm, u_grad, _t(up_b), _t(up_a) if needs_x else None, ends)
         if rows is None and (needs_up or needs_factors[0]):
             rows = gather(x, sources)
-        up_grad = _like(up, rows, u_grad, ends) if needs_up else None
+        up_grad = _like(gemm, up, rows, u_grad, ends) if needs_up else None
         up_factors_grad = (
-            _like(up_a, rows, up_low_grad, ends) if needs_factors[0] else None,
-            _like(up_b, up_low, u_grad, ends) if needs_factors[1] else None,
+            _like(gemm, up_a, rows, up_low_grad, ends) if needs_factors[0] else None,
+            _like(gemm, up_b, up_low, u_grad, ends) if needs_factors[1] else None,
         )
         del rows
-        x_grad = sum_copies(grouped_mm(u_grad, _t(up), ends), copies, starts, x_grad_more) if needs_x else None
+        x_grad = None
+        if needs_x:
+            x_grad = sum_copies(gemm.multiply(u_grad, _t(up), ends), copies, starts, x_grad_more)
         up_bias_grad = None
         if needs_up_bias:
             up_bias_grad = sum_of_experts(u_grad, len(up_bias), experts).to(up_bias.dtype)
@@ -175,7 +181,7 @@ class _Gated(torch.autograd.Function):
             of_all = (gradients[0] @ down_bias.to(gradients[0].dtype).t()).reshape(-1)  # [R*e]
             weight_grad = weight_grad + of_all.index_select(0, sources * len(down_bias) + experts).to(weight_grad.dtype)
         found = x_grad, up_grad, down_grad, weight_grad if needs_weight else None
-        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 7
+        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 8
 
 
 def _activate(u: Tensor, weight_p: Tensor, u_more: Any, gate: Gate | None, bias: Any, experts: Tensor) -> Tensor:
@@ -216,18 +222,18 @@ def sum_of_experts(rows: Tensor, num_experts: int, experts: Tensor) -> Tensor:
     return of_expert.to(rows.dtype) @ rows
 
 
-def _low_rank(rows: Any, a: Any, b: Any, ends: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _low_rank(gemm: GroupedGemm, rows: Any, a: Any, b: Any, ends: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """`rows @ a` and `rows @ a @ b` of each group; None for what has no matrix."""
-    low = None if a is None else grouped_mm(rows, a, ends)
-    return low, None if low is None or b is None else grouped_mm(low, b, ends)
+    low = None if a is None else gemm.multiply(rows, a, ends)
+    return low, None if low is None or b is None else gemm.multiply(low, b, ends)
 
 
 def _t(matrices: Any) -> Any:
     return None if matrices is None else matrices.transpose(1, 2)
 
 
-def _like(matrices: Tensor, rows: Any, others: Any, ends: Tensor) -> Tensor:
+def _like(gemm: GroupedGemm, matrices: Tensor, rows: Any, others: Any, ends: Tensor) -> Tensor:
     """The gradient `rows.T @ others` of each group, in the strides of `matrices`, so that nobody copies it."""
     if matrices.stride(-1) == 1:
-        return grouped_outer(rows, others, ends)
-    return grouped_outer(others, rows, ends).transpose(1, 2)
+        return gemm.outer(rows, others, ends)
+    return gemm.outer(others, rows, ends).transpose(1, 2)
