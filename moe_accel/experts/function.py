@@ -145,7 +145,7 @@ def _compute(
 
 @torch.compiler.disable  # sizes of groups on the host: a compiled graph would be made anew for every batch
 def _with_te(module: Any, x: Tensor, routing: LocalRouting, *how: Any) -> Tensor:
-    return fused_experts(module, x, routing, *how, gemm=te.grouped_gemm(routing.ends))
+    return fused_experts(module, x, routing, *how, gemm=te.grouped_gemm(routing.sizes))
 
 
 def _count(settings: Settings, routing: LocalRouting | None) -> None:

@@ -4,8 +4,8 @@ Taken under `kernels: te` alone. Read in its source, 2.20.2 (`cpp_extensions/gem
 
 - `general_grouped_gemm` takes lists of matrices and computes, for each pair, B @ A.T in layout TN, B @ A in NN and
   B.T @ A in NT. It reads data pointers and shapes: a matrix that is not contiguous would be read as if it were.
-- It wants the sizes of the groups as Python ints, so the host waits for them: once in each forward of a layer, once
-  more where that is recomputed. Backward uses those of its forward.
+- It wants the sizes of the groups as Python ints, so the host waits for them: once in each forward of a layer, and
+  once more where that is recomputed with new routing. Backward uses those of its forward.
 - Of an empty group it skips the product, and fills the gradient of its matrix with zeros.
 - fp32 would be multiplied in TF32, so only 16-bit floats are given to it; all else goes the way of `grouped.py`.
 - On Hopper, NVTE_USE_CUTLASS_GROUPED_GEMM=1 makes it one kernel where the size that is summed over is a multiple of 128
@@ -97,10 +97,8 @@ def version() -> str:
         return ""
 
 
-def grouped_gemm(ends: Tensor) -> GroupedGemm:
-    """The products of groups that end at `ends` [e] int32. The host waits for their sizes, here and nowhere else."""
-    stops = ends.tolist()
-    sizes = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+def grouped_gemm(sizes: list[int]) -> GroupedGemm:
+    """The products of groups of these many rows; `ends` of each call say the same."""
     return GroupedGemm(functools.partial(multiply, sizes=sizes), functools.partial(outer, sizes=sizes))
 
 

@@ -55,7 +55,8 @@ def gemm(name):
     if name == "qwen3-30b-a3b":
         cases["zipf"] = scores - torch.arange(1, sizes.E + 1, device=DEVICE).log()
     for routing, wanted in cases.items():
-        ends = sort_by_expert(wanted.topk(sizes.K).indices, sizes.E).ends
+        sorted_by_expert = sort_by_expert(wanted.topk(sizes.K).indices, sizes.E)
+        ends = sorted_by_expert.ends
         for projection, (inner, outer) in {"up": (sizes.H, sizes.U), "down": (sizes.I, sizes.H)}.items():
             rows, gradient = randn(TOKENS * sizes.K, inner), randn(TOKENS * sizes.K, outer)
             stack = randn(sizes.E, inner, outer, std=0.02)
@@ -68,7 +69,7 @@ def gemm(name):
             }
             for product, (how, a, b) in products.items():
                 ours = getattr(TORCH, how)
-                theirs = getattr(te.grouped_gemm(ends), how)
+                theirs = getattr(te.grouped_gemm(sorted_by_expert.sizes), how)
                 exact = exact_group(how, a, b, ends)
                 at = group_slice(how, ends)
                 found = {"ours_ms": ms(lambda f=ours, a=a, b=b, ends=ends: f(a, b, ends))}
