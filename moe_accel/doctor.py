@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from moe_accel.config import SECTION, check_launch, parse_section, read_config_file
-from moe_accel.errors import MoEAccelError
+from moe_accel.config import SECTION, MoEOptions, check_launch, parse_section, read_config_file
+from moe_accel.errors import ConfigError, MoEAccelError
 from moe_accel.version import VERSION
 from moe_accel.versions import SUPPORTED
 
@@ -140,7 +141,7 @@ def _deep_ep() -> Iterator[Part]:
     names = ("sgl-deep-ep", "tokenspeed-deepep", "deepinfer-ep", "deep-ep", "deep_ep")
     version = next((f"{name} {found}" for name in names if (found := _version(name))), "")
     on_gpu = torch.cuda.is_available()
-    problem = deepep.problem(torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
+    problem = deepep.problem(_device())
     if problem is None:
         what = f"dispatcher: deepep, by {deepep.implementation()}, for ep_size 2, 4, 8 on one host"
         yield Part("deep_ep", version, True, False, what)
@@ -158,10 +159,13 @@ def deep_ep_for(torch_version: str) -> str:
 
 
 def _transformer_engine() -> Iterator[Part]:
-    version = _version("transformer-engine")
-    what = "kernels: te is not in this version of moe-accel; its FusedAdam, with any Trainer or loop, is what it is for"
-    install = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.17'"
-    yield Part("transformer_engine", version, False, False, what, "" if version else install)
+    from moe_accel.kernels import te
+
+    problem = te.problem(_device())
+    what = problem or "kernels: te, its grouped GEMM in the experts; and its FusedAdam with any Trainer or loop"
+    yield Part(
+        "transformer_engine", te.version(), problem is None, False, what, "" if te.is_installed() else te.INSTALL
+    )
 
 
 def _liger() -> Iterator[Part]:
@@ -196,19 +200,27 @@ def _config() -> Iterator[Part]:
             return
         options = parse_section(config.pop(SECTION), f"{path}: {SECTION}")
         check_launch(options, config, str(path))
-        _check_dispatcher(options.dispatcher, options.ep_size)
+        _check_choices(options)
     except MoEAccelError as error:
         yield Part(name, str(path), False, True, error.message, error.hint or "")
         return
     yield Part(name, str(path), True, False, f"{SECTION}: {options.to_json()}")
 
 
-def _check_dispatcher(asked: str, ep_size: int) -> None:
+def _check_choices(options: MoEOptions) -> None:
+    from moe_accel.dispatch import choose
+    from moe_accel.kernels import te
+
+    choose.check(options.dispatcher, options.ep_size, _device())
+    problem = te.problem(_device()) if options.kernels == "te" else None
+    if problem is not None:
+        raise ConfigError(f"kernels=te cannot be used: {problem}", "kernels: auto")
+
+
+def _device() -> Any:
     import torch
 
-    from moe_accel.dispatch import choose
-
-    choose.check(asked, ep_size, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _version(package: str) -> str:

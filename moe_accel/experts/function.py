@@ -21,6 +21,7 @@ from moe_accel.experts.replay import Record, Records, in_backward
 from moe_accel.experts.routing import LocalRouting, sort_by_expert
 from moe_accel.experts.scale import scale_gradient
 from moe_accel.experts.weights import projections
+from moe_accel.kernels import te
 
 NAME = "moe_accel"
 
@@ -30,7 +31,7 @@ class Settings:
     """How one experts module computes.
 
     Attributes:
-        kernels: `fused` or `reference`.
+        kernels: `fused`, `reference` or `te`, which is `fused` with TransformerEngine's grouped GEMMs.
         dispatcher: transport to the other ranks' experts; None where this rank has all of them.
         ep_size: ranks that share the experts; 1 without a dispatcher.
         ep_rank: which of them this is.
@@ -111,7 +112,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         parallel: Any = _expert_parallel
         return parallel(module, settings, hidden_states, top_k_index, top_k_weights)
     routing = None
-    if settings.kernels == "fused" or settings.counting:
+    if settings.kernels != "reference" or settings.counting:
         routing = sort_by_expert(top_k_index, module.num_experts)
     _count(settings, routing)
     return _compute(module, settings, hidden_states, top_k_index, top_k_weights, routing)
@@ -148,7 +149,16 @@ def _compute(
     up, down = (factors(module, name, *ep, settings.joined) for name in projections(module))
     if settings.kernels == "reference" or routing is None:
         return reference_experts(module, x, choices, weights, norm_scale, (up, down))
-    return fused_experts(module, x, routing, weights, norm_scale, (up, down), settings.lean)
+    how: Any = (module, x, routing, weights, norm_scale, (up, down), settings.lean)
+    if settings.kernels == "te":
+        found: Any = _with_te(*how)
+        return found
+    return fused_experts(*how)
+
+
+@torch.compiler.disable  # sizes of groups on the host: a compiled graph would be made anew for every batch
+def _with_te(module: Any, x: Tensor, routing: LocalRouting, *how: Any) -> Tensor:
+    return fused_experts(module, x, routing, *how, gemm=te.grouped_gemm(routing.sizes))
 
 
 def _count(settings: Settings, routing: LocalRouting | None) -> None:

@@ -19,7 +19,7 @@ from moe_accel.experts.gated import gated_experts, sum_of_experts, why_not_gated
 from moe_accel.experts.gates import find_gate
 from moe_accel.experts.routing import LocalRouting, pick
 from moe_accel.experts.weights import activate, down_weight, has_post_norm, post_norm, up_weight
-from moe_accel.kernels.grouped import grouped_mm
+from moe_accel.kernels.grouped import TORCH, GroupedGemm
 from moe_accel.kernels.rows import gather_rows, sum_rows
 
 
@@ -31,36 +31,37 @@ def fused_experts(
     norm_scale: float = 1.0,
     adapters: tuple[Factors | None, Factors | None] = (None, None),
     lean: bool = False,
+    gemm: GroupedGemm = TORCH,
 ) -> Tensor:
     """Weighted sum of each row's experts: x [R,H], weights [R,K] -> [R,H] in the dtype of x.
 
     `norm_scale`: see `weights.post_norm`. `adapters`: of the two projections, see `adapters.factors`. `lean`: keep less
-    for backward, where `gated.py` can.
+    for backward, where `gated.py` can. `gemm`: who multiplies.
     """
     (up, up_bias), (down, down_bias) = up_weight(module), down_weight(module)
     weight_p = pick(weights, routing)
     if why_not_gated(module) is None:
         gate = find_gate(module) if module.has_gate else None
-        return gated_experts(x, up, down, weight_p, routing, *adapters, gate, (up_bias, down_bias), lean)
+        return gated_experts(x, up, down, weight_p, routing, *adapters, gate, (up_bias, down_bias), lean, gemm)
     h_ph = gather_rows(x, routing.rows)
-    u_pu = _add_bias(grouped_mm(h_ph, up, routing.ends), up_bias, routing)
-    a_pi = activate(module, _add(u_pu, _low_rank(h_ph, adapters[0], routing))).to(u_pu.dtype)
+    u_pu = _add_bias(gemm.multiply(h_ph, up, routing.ends), up_bias, routing)
+    a_pi = activate(module, _add(u_pu, _low_rank(gemm, h_ph, adapters[0], routing))).to(u_pu.dtype)
     if has_post_norm(module):  # of the unweighted output
-        y_ph = _add_bias(grouped_mm(a_pi, down, routing.ends), down_bias, routing)
-        y_ph = _add(y_ph, _low_rank(a_pi, adapters[1], routing)).to(y_ph.dtype)
+        y_ph = _add_bias(gemm.multiply(a_pi, down, routing.ends), down_bias, routing)
+        y_ph = _add(y_ph, _low_rank(gemm, a_pi, adapters[1], routing)).to(y_ph.dtype)
         return sum_rows(_Weigh.apply(post_norm(module, y_ph, norm_scale), weight_p), routing.rows)  # pyright: ignore[reportArgumentType]
     a_pi = _Weigh.apply(a_pi, weight_p)
-    y_ph = grouped_mm(a_pi, down, routing.ends)  # pyright: ignore[reportArgumentType]
+    y_ph = gemm.multiply(a_pi, down, routing.ends)  # pyright: ignore[reportArgumentType]
     y_ph = _add_bias(y_ph, down_bias, routing, weight_p)
-    return sum_rows(y_ph, routing.rows, _low_rank(a_pi, adapters[1], routing))
+    return sum_rows(y_ph, routing.rows, _low_rank(gemm, a_pi, adapters[1], routing))
 
 
-def _low_rank(rows: Any, factors: Factors | None, routing: LocalRouting) -> Tensor | None:
+def _low_rank(gemm: GroupedGemm, rows: Any, factors: Factors | None, routing: LocalRouting) -> Tensor | None:
     """What an adapter adds to a projection of [P,in]: [P,out], apart from it, so that it is not rounded away."""
     if factors is None:
         return None
     a, b = factors[:2]
-    return grouped_mm(grouped_mm(rows.to(a.dtype), a, routing.ends), b, routing.ends)
+    return gemm.multiply(gemm.multiply(rows.to(a.dtype), a, routing.ends), b, routing.ends)
 
 
 def _add(rows: Tensor, more: Tensor | None) -> Tensor:

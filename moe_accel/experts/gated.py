@@ -32,7 +32,7 @@ from moe_accel.experts.routing import LocalRouting
 from moe_accel.experts.weights import has_post_norm
 from moe_accel.kernels.device import as_autocast
 from moe_accel.kernels.glu import SWIGLU, ExpertBias, Gate, glu, glu_backward
-from moe_accel.kernels.grouped import grouped_mm, grouped_outer
+from moe_accel.kernels.grouped import TORCH, GroupedGemm
 from moe_accel.kernels.rows import RowMap, gather, sum_copies
 from moe_accel.kernels.squared_relu import squared_relu, squared_relu_backward
 from moe_accel.swap import is_bare
@@ -65,6 +65,7 @@ def gated_experts(
     gate: Gate | None = SWIGLU,
     biases: tuple[Tensor | None, Tensor | None] = (None, None),
     lean: bool = False,
+    gemm: GroupedGemm = TORCH,
 ) -> Tensor:
     """Weighted sum of each row's experts.
 
@@ -79,6 +80,7 @@ def gated_experts(
         gate: between the two projections; None: relu^2.
         biases: [e,2I], of a projection with a gate, and [e,H], in their own dtypes.
         lean: compute the first projection again in backward rather than keep its output.
+        gemm: who multiplies.
 
     Returns:
         [R,H] in the dtype of x, differentiable once in x, up, down, weight_p, the factors and the biases.
@@ -93,10 +95,10 @@ def gated_experts(
     with torch.autocast(x.device.type, enabled=False):
         inner: Any = _Inner.apply
         a, down_low, carrier = inner(
-            x_, up, down, weight_p, *pairs[0], *pairs[1], *biases, *places, tuple(joined), gate, lean
+            x_, up, down, weight_p, *pairs[0], *pairs[1], *biases, *places, tuple(joined), gate, lean, gemm
         )
         outer: Any = _Outer.apply
-        y = outer(carrier, a, down_low, down, weight_p, *pairs[1], biases[1], *places, joined[1])
+        y = outer(carrier, a, down_low, down, weight_p, *pairs[1], biases[1], *places, joined[1], gemm)
     return y.to(x.dtype)
 
 
@@ -129,10 +131,11 @@ class _Inner(torch.autograd.Function):
         joined,
         gate,
         lean,
+        gemm,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.joined, ctx.gate, ctx.owner = joined, gate, object()
-        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), joined, ctx.owner)
+        ctx.joined, ctx.gate, ctx.gemm, ctx.owner = joined, gate, gemm, object()
+        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), joined, ctx.owner, gemm)
         rows = gather(x, RowMap(sources, copies, starts), to_u.tail)
         up_low = to_u.low(rows, ends)
         u, u_more = to_u.product(rows, up_low, ends)
@@ -151,13 +154,14 @@ class _Inner(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = gradients[2]
         if gradient is None:
-            return (None,) * 18
+            return (None,) * 19
         x, up, down, weight_p, u, up_a, up_b, up_low, down_a, down_b, down_low, *rest = ctx.saved_tensors
         up_bias, down_bias, ends, experts, *of_rows = rest
         places = RowMap(*of_rows)
         needs_x, needs_up, needs_down, needs_weight, *needs_factors = ctx.needs_input_grad[:8]
         needs_up_bias, needs_down_bias = ctx.needs_input_grad[8:10]
-        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), ctx.joined, ctx.owner)
+        gemm: GroupedGemm = ctx.gemm
+        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), ctx.joined, ctx.owner, gemm)
         of_u, of_y = to_u.transposed(), to_y.transposed()
         rows = None
         if u is None:
@@ -165,7 +169,7 @@ class _Inner(torch.autograd.Function):
             if to_u.tail:
                 rows[:, up.shape[1] :] = up_low
             u = to_u.product(rows, None, ends)[0]
-        u_more = None if up_low is None or to_u.tail else grouped_mm(up_low, up_b, ends)
+        u_more = None if up_low is None or to_u.tail else gemm.multiply(up_low, up_b, ends)
         y_grad = gather(gradient, places, of_y.tail)
         down_low_grad = of_y.low(y_grad, ends)
         a_grad, a_grad_more = of_y.product(y_grad, down_low_grad, ends)
@@ -174,10 +178,10 @@ class _Inner(torch.autograd.Function):
         del of_a
         del a_grad, a_grad_more, u_more, u
         y_grad = y_grad[:, : down.shape[2]]
-        down_grad = _like(down, a, y_grad, ends) if needs_down else None
+        down_grad = _like(gemm, down, a, y_grad, ends) if needs_down else None
         down_factors_grad = (
-            _like(down_a, a, down_low_grad, ends) if needs_factors[2] else None,
-            _like(down_b, down_low, y_grad, ends) if needs_factors[3] else None,
+            _like(gemm, down_a, a, down_low_grad, ends) if needs_factors[2] else None,
+            _like(gemm, down_b, down_low, y_grad, ends) if needs_factors[3] else None,
         )
         del a, y_grad
         up_low_grad = of_u.low(u_grad, ends)
@@ -190,10 +194,10 @@ class _Inner(torch.autograd.Function):
         if rows is None and (needs_up or needs_factors[0]):
             rows = gather(x, places)
         rows = None if rows is None else rows[:, : up.shape[1]]
-        up_grad = _like(up, rows, u_grad, ends) if needs_up else None
+        up_grad = _like(gemm, up, rows, u_grad, ends) if needs_up else None
         up_factors_grad = (
-            _like(up_a, rows, up_low_grad, ends) if needs_factors[0] else None,
-            _like(up_b, up_low, u_grad, ends) if needs_factors[1] else None,
+            _like(gemm, up_a, rows, up_low_grad, ends) if needs_factors[0] else None,
+            _like(gemm, up_b, up_low, u_grad, ends) if needs_factors[1] else None,
         )
         del rows
         up_bias_grad = None
@@ -208,7 +212,7 @@ class _Inner(torch.autograd.Function):
             of_pairs = of_all.index_select(0, places.sources * len(down_bias) + experts)
             weight_grad = weight_grad + of_pairs.to(weight_grad.dtype)
         found = x_grad, up_grad, down_grad, weight_grad if needs_weight else None
-        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 8
+        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 9
 
 
 class _Outer(torch.autograd.Function):
@@ -231,9 +235,10 @@ class _Outer(torch.autograd.Function):
         copies,
         starts,
         joined,
+        gemm,
     ) -> Tensor:
         whole = None if joined is None else joined.whole
-        y, y_more = Projection(down, down_a, down_b, whole).product(a, down_low, ends)
+        y, y_more = Projection(gemm, down, down_a, down_b, whole).product(a, down_low, ends)
         y = sum_copies(y, copies, starts, y_more)
         if down_bias is None:
             return y
@@ -242,18 +247,24 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], *(None,) * 13
+        return gradients[0], *(None,) * 14
 
 
 def _projections(
-    up: Tensor, down: Tensor, of_up: tuple[Any, Any], of_down: tuple[Any, Any], joined: Any, owner: Any
+    up: Tensor,
+    down: Tensor,
+    of_up: tuple[Any, Any],
+    of_down: tuple[Any, Any],
+    joined: Any,
+    owner: Any,
+    gemm: GroupedGemm,
 ) -> tuple[Projection, Projection]:
     """The two projections, with the adapters of `owner` in their places."""
     found = []
     for matrix, (a, b), place in zip((up, down), (of_up, of_down), joined, strict=True):
         if place is not None:
             place.write(a, b, owner)
-        found.append(Projection(matrix, a, b, None if place is None else place.whole))
+        found.append(Projection(gemm, matrix, a, b, None if place is None else place.whole))
     return found[0], found[1]
 
 
@@ -298,8 +309,8 @@ def sum_of_experts(rows: Tensor, num_experts: int, experts: Tensor) -> Tensor:
     return of_expert.to(rows.dtype) @ rows
 
 
-def _like(matrices: Tensor, rows: Any, others: Any, ends: Tensor) -> Tensor:
+def _like(gemm: GroupedGemm, matrices: Tensor, rows: Any, others: Any, ends: Tensor) -> Tensor:
     """The gradient `rows.T @ others` of each group, in the strides of `matrices`, so that nobody copies it."""
     if matrices.stride(-1) == 1:
-        return grouped_outer(rows, others, ends)
-    return grouped_outer(others, rows, ends).transpose(1, 2)
+        return gemm.outer(rows, others, ends)
+    return gemm.outer(others, rows, ends).transpose(1, 2)

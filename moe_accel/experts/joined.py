@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe_accel.kernels.grouped import grouped_mm, takes_torch_grouped_mm
+from moe_accel.kernels.grouped import GroupedGemm, takes_torch_grouped_mm
 
 
 class Joined:
@@ -64,12 +64,14 @@ class Projection(NamedTuple):
     """What rows are multiplied by.
 
     Attributes:
+        gemm: who multiplies.
         matrix: [e,A,B].
         a: [e,A,r] of an adapter, or None.
         b: [e,r,B], or None.
         whole: [e,A+r,B+r] where the three lie side by side; None where they do not.
     """
 
+    gemm: GroupedGemm
     matrix: Tensor
     a: Tensor | None = None
     b: Tensor | None = None
@@ -78,7 +80,7 @@ class Projection(NamedTuple):
     def transposed(self) -> "Projection":
         """What gradients of the product are multiplied by: views."""
         flipped = [None if each is None else each.transpose(1, 2) for each in (self.matrix, self.b, self.a, self.whole)]
-        return Projection(*flipped)  # pyright: ignore[reportArgumentType]
+        return Projection(self.gemm, *flipped)  # pyright: ignore[reportArgumentType]
 
     @property
     def tail(self) -> int:
@@ -95,7 +97,7 @@ class Projection(NamedTuple):
         if self.a is None:
             return None
         width = self.matrix.shape[1]
-        low = grouped_mm(rows[:, :width], self.a, ends)
+        low = self.gemm.multiply(rows[:, :width], self.a, ends)
         if self.whole is not None:
             rows[:, width:] = low
         return low
@@ -103,9 +105,9 @@ class Projection(NamedTuple):
     def product(self, rows: Tensor, low: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor | None]:
         """rows @ matrix [P,B], and what the adapter adds to it [P,B]: None without one, or where it is in the first."""
         if self.whole is not None:
-            return grouped_mm(rows, self.whole[:, :, : self.matrix.shape[2]], ends), None
-        more = None if low is None or self.b is None else grouped_mm(low, self.b, ends)
-        return grouped_mm(rows, self.matrix, ends), more
+            return self.gemm.multiply(rows, self.whole[:, :, : self.matrix.shape[2]], ends), None
+        more = None if low is None or self.b is None else self.gemm.multiply(low, self.b, ends)
+        return self.gemm.multiply(rows, self.matrix, ends), more
 
 
 def join(module: Any, name: str, rank: int) -> Joined | None:

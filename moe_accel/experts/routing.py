@@ -4,6 +4,7 @@ Sizes: R rows, K top-k, e local experts, P pairs of a row and one of its local e
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ class LocalRouting:
     def counts(self) -> Tensor:
         """[e] int64: pairs of each expert."""
         return self.ends.diff(prepend=self.ends.new_zeros(1)).long()
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Pairs of each expert as the host knows them: the first time it waits for the device."""
+        stops = self.ends.tolist()
+        return [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 def sort_by_expert(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> LocalRouting:

@@ -7,6 +7,9 @@ matrix product per expert.
 Sizes: P rows, e experts, A inner, B outer.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -45,6 +48,16 @@ def grouped_outer(rows: Tensor, others: Tensor, ends: Tensor) -> Tensor:
         return functional.grouped_mm(rows.t(), others, offs=ends)
     sizes = _sizes(ends)
     return torch.stack([a.t() @ b for a, b in zip(rows.split(sizes), others.split(sizes), strict=True)])
+
+
+class GroupedGemm(NamedTuple):
+    """Who multiplies groups: functions with the contracts of `grouped_mm` and `grouped_outer`."""
+
+    multiply: Callable[[Tensor, Tensor, Tensor], Tensor]
+    outer: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+TORCH = GroupedGemm(grouped_mm, grouped_outer)
 
 
 def grouped_mm_by_group(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ SHAPES = {
 CASES = [(shape, "random") for shape in SHAPES] + [("qwen3-30b-a3b", "zipf"), ("qwen3-30b-a3b", "hot")]
 
 
-def build(family: str, name: str, sizes: dict[str, Any]) -> Any:
+def build(family: str, name: str, sizes: dict[str, Any], device: str = "cuda") -> Any:
     config = SimpleNamespace(
         num_experts=sizes["E"],
         num_local_experts=sizes["E"],
@@ -47,7 +47,7 @@ def build(family: str, name: str, sizes: dict[str, Any]) -> Any:
         _experts_implementation="grouped_mm",
     )
     kind = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
-    with torch.device("cuda"):
+    with torch.device(device):
         module = kind(config).bfloat16()
     with torch.no_grad():
         for parameter in module.parameters():

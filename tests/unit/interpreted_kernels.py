@@ -118,7 +118,7 @@ def test_sort_of_choices_that_are_not_contiguous():
     assert_same_order(chosen(8, 60, 5, skew=1).t(), 5)
 
 
-def test_the_switch_leads_to_the_kernels_and_an_empty_batch_past_them(monkeypatch):
+def test_what_the_kernels_sort_and_that_an_empty_batch_is_not(monkeypatch):
     calls = []
     monkeypatch.setattr(routing, "sort_triton", lambda *given: calls.append(given) or sort.sort_triton(*given))
     assert routing.sort_by_expert(torch.tensor([[1, 0], [0, 1]]), 2).pairs.tolist() == [1, 2, 0, 3]

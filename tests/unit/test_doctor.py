@@ -50,7 +50,7 @@ def test_as_text_each_part_is_a_line_and_its_fix_the_next():
     code, printed = run()
     assert code == 0
     assert f"ok     torch               {metadata.version('torch')}  (>=2.11 is supported)\n" in printed
-    assert "no     transformer_engine  (kernels: te is not in this version" in printed
+    assert "no     transformer_engine  (it needs a CUDA GPU, and this process computes on cpu)" in printed
     assert "fix: pip install --no-build-isolation 'transformer-engine[pytorch]>=2.17'\n" in printed
 
 

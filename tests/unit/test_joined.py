@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from moe_accel import expert_lora_config, experts
 from moe_accel.experts import gated, joined
 from moe_accel.experts.joined import Joined, Projection
+from moe_accel.kernels.grouped import TORCH
 from tests.families import build_tiny, experts_modules, randomise, tiny_inputs, tiny_loss
 from tests.unit.expert_adapters import adapted, assert_same, prepared, training
 
@@ -146,7 +147,7 @@ def test_rows_of_a_joined_projection_and_of_its_transpose(transposed):
     place.write(a, b, owner := object())
     ends = torch.tensor([4, 4, 9], dtype=torch.int32)
     index = torch.tensor([0] * 4 + [2] * 5)
-    projection = Projection(place.matrix, a, b, place.whole)
+    projection = Projection(TORCH, place.matrix, a, b, place.whole)
     for each, whole in ((projection, matrix + a @ b), (projection.transposed(), (matrix + a @ b).mT)):
         rows = torch.randn(9, whole.shape[1] + each.tail, generator=generator, dtype=torch.float64)
         expected = torch.einsum("pa,pab->pb", rows[:, : whole.shape[1]], whole[index])

@@ -288,7 +288,8 @@ def test_kernels_are_chosen_with_a_reason(asked, choice):
 def test_kernels_te_are_refused_when_the_accelerator_is_made():
     with pytest.raises(ConfigError) as error:
         Accelerator(parallelism_config=MoEConfig(kernels="te"))
-    assert told(error) == ("kernels=te is not in this version of moe-accel", "kernels: auto")
+    why = "kernels=te cannot be used: it needs a CUDA GPU, and this process computes on cpu"
+    assert told(error) == (why, "kernels: auto")
 
 
 def test_deepep_that_is_not_installed_is_refused_when_the_accelerator_is_made(monkeypatch):

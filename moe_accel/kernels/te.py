@@ -1,0 +1,192 @@
+"""TransformerEngine's grouped GEMM behind the contract of `grouped.py`; the one file that imports the package.
+
+Taken under `kernels: te` alone. Read in its source, 2.20.2 (`cpp_extensions/gemm.py`, `csrc/extensions/gemm.cpp`):
+
+- `general_grouped_gemm` takes lists of matrices and computes, for each pair, B @ A.T in layout TN, B @ A in NN and
+  B.T @ A in NT. It reads data pointers and shapes: a matrix that is not contiguous would be read as if it were.
+- It wants the sizes of the groups as Python ints, so the host waits for them: once in each forward of a layer, and
+  once more where that is recomputed with new routing. Backward uses those of its forward.
+- Of an empty group it skips the product, and fills the gradient of its matrix with zeros.
+- fp32 would be multiplied in TF32, so only 16-bit floats are given to it; all else goes the way of `grouped.py`.
+- On Hopper, NVTE_USE_CUTLASS_GROUPED_GEMM=1 makes it one kernel where the size that is summed over is a multiple of 128
+  in all groups, at twice the speed of its cuBLAS streams (557 and 283 TFLOP/s, see `grouped.py`). It is set here unless
+  somebody set it.
+
+Sizes: P rows, e experts, A inner, B outer.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_accel.errors import ConfigError, DependencyError
+from moe_accel.kernels.device import capability
+from moe_accel.kernels.grouped import GroupedGemm, grouped_mm, grouped_mm_by_group, grouped_outer
+
+CUTLASS = "NVTE_USE_CUTLASS_GROUPED_GEMM"
+INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.17'"
+"""Without isolation: its extension is built against the torch that is here, not against the newest one."""
+
+_TAKES = {"A", "B", "out", "quantization_params", "out_dtype", "layout", "m_splits", "grad", "single_output"}
+
+
+def check(device: torch.device) -> None:
+    """Refuse `kernels: te` where TransformerEngine cannot multiply on this device; one small product is tried.
+
+    Raises:
+        ConfigError: without a GPU, or on one without bf16.
+        DependencyError: the package is missing, cannot be imported, is another version's, or fails.
+    """
+    instead = "kernels: auto"
+    found = wrong_device(device)
+    if found is not None:
+        raise ConfigError(f"kernels=te cannot be used: {found}", instead)
+    found = problem(device) or _tried(device)
+    if found is not None:
+        fix = f"{instead}, or {INSTALL}" if not is_installed() else f"{instead}; moe-accel doctor says more"
+        raise DependencyError(f"kernels=te cannot be used: {found}", fix)
+
+
+def wrong_device(device: torch.device) -> str | None:
+    """Why the device is none for TransformerEngine; None where it is one."""
+    if device.type != "cuda":
+        return f"it needs a CUDA GPU, and this process computes on {device.type}"
+    major, minor = capability(device)
+    if major < 8:
+        return f"it needs a GPU with bf16 (compute capability 8.0 or more), and this one has {major}.{minor}"
+    return None
+
+
+def problem(device: torch.device) -> str | None:
+    """Why `kernels: te` cannot be used on this device, found without allocating anything there; None where it can."""
+    found = wrong_device(device)
+    if found is not None:
+        return found
+    if not is_installed():
+        return "the package transformer_engine is not installed"
+    try:
+        gemm = _gemm()
+    except (ImportError, OSError, AssertionError, RuntimeError) as error:
+        return f"import transformer_engine.pytorch fails: {type(error).__name__}: {error or 'without a message'}"
+    except AttributeError:
+        return f"transformer_engine {version()} has no general_grouped_gemm"
+    missing = sorted(_TAKES - set(inspect.signature(gemm).parameters))
+    if missing:
+        return f"general_grouped_gemm of transformer_engine {version()} takes no {', '.join(missing)}"
+    return None
+
+
+def is_installed() -> bool:
+    """Whether there is a package of that name."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def version() -> str:
+    """Of the package; empty where it is not installed as one."""
+    try:
+        return metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def grouped_gemm(sizes: list[int]) -> GroupedGemm:
+    """The products of groups of these many rows; `ends` of each call say the same."""
+    return GroupedGemm(functools.partial(multiply, sizes=sizes), functools.partial(outer, sizes=sizes))
+
+
+def multiply(rows: Tensor, matrices: Tensor, ends: Tensor, sizes: list[int]) -> Tensor:
+    """`grouped.grouped_mm`: rows [P,A], matrices [e,A,B] -> [P,B], differentiable once in both."""
+    if not _takes(rows, matrices.shape[2]):
+        return grouped_mm(rows, matrices, ends)
+    if torch.is_grad_enabled() and (rows.requires_grad or matrices.requires_grad):
+        return _Multiply.apply(rows, matrices, sizes)  # pyright: ignore[reportReturnType]
+    return _multiply(rows, matrices, sizes)
+
+
+def outer(rows: Tensor, others: Tensor, ends: Tensor, sizes: list[int]) -> Tensor:
+    """`grouped.grouped_outer`: rows [P,A], others [P,B] -> [e,A,B]. Not differentiable."""
+    if not _takes(rows, others.shape[1]):
+        return grouped_outer(rows, others, ends)
+    return _outer(rows, others, sizes)
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrices: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(rows, matrices)
+        ctx.sizes = sizes
+        return _multiply(rows, matrices, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (rows, matrices), (gradient,) = ctx.saved_tensors, gradients
+        rows_grad = _multiply(gradient, matrices.transpose(1, 2), ctx.sizes) if ctx.needs_input_grad[0] else None
+        matrices_grad = None
+        if ctx.needs_input_grad[1]:  # in the strides of the matrices, so that nobody copies it
+            straight = matrices.stride(-1) == 1
+            pair = (rows, gradient) if straight else (gradient, rows)
+            matrices_grad = _outer(*pair, ctx.sizes)
+            matrices_grad = matrices_grad if straight else matrices_grad.transpose(1, 2)
+        return rows_grad, matrices_grad, None
+
+
+def _multiply(rows: Tensor, matrices: Tensor, sizes: list[int]) -> Tensor:
+    out = rows.new_empty(rows.shape[0], matrices.shape[2])
+    if rows.shape[0] == 0:
+        return out
+    turned = matrices.transpose(1, 2)
+    if turned.is_contiguous():
+        layout, stack = "TN", turned
+    else:
+        layout, stack = "NN", matrices.contiguous()
+    _run(stack.unbind(), rows.contiguous().split(sizes), [out], layout, sizes, single_output=True)
+    return out
+
+
+def _outer(rows: Tensor, others: Tensor, sizes: list[int]) -> Tensor:
+    out = rows.new_empty(len(sizes), rows.shape[1], others.shape[1])
+    if rows.shape[0] == 0:
+        return out.zero_()
+    _run(others.contiguous().split(sizes), rows.contiguous().split(sizes), list(out.unbind()), "NT", sizes, grad=True)
+    return out
+
+
+def _run(a: Any, b: Any, out: list[Tensor], layout: str, sizes: list[int], **more: bool) -> None:
+    quantizers = [None] * len(sizes)
+    _gemm()(list(a), list(b), out, quantizers, out[0].dtype, layout=layout, m_splits=sizes, **more)
+
+
+def _takes(rows: Tensor, width: int) -> bool:
+    """Whether these are for TransformerEngine: 16-bit floats, rows of whole 16 bytes."""
+    return rows.dtype in (torch.bfloat16, torch.float16) and rows.shape[1] % 8 == 0 and width % 8 == 0
+
+
+@functools.cache
+def _gemm() -> Any:
+    os.environ.setdefault(CUTLASS, "1")
+    importlib.import_module("transformer_engine.pytorch")  # loads the library that the extension needs
+    return importlib.import_module("transformer_engine.pytorch.cpp_extensions").general_grouped_gemm
+
+
+def _tried(device: torch.device) -> str | None:
+    """What is wrong with a product of two groups; None where it is right."""
+    generator = torch.Generator().manual_seed(0)
+    rows, matrices = (torch.randn(*shape, generator=generator) for shape in ((16, 128), (2, 128, 64)))
+    rows, matrices = (each.to(device, torch.bfloat16) for each in (rows, matrices))
+    ends = torch.tensor([5, 16], dtype=torch.int32, device=device)
+    try:
+        found = multiply(rows, matrices, ends, [5, 11])
+        exact = grouped_mm_by_group(rows.float(), matrices.float(), ends)
+        error = ((found.float() - exact).norm() / exact.norm()).item()
+    except (RuntimeError, TypeError, ValueError, AssertionError) as failure:
+        return f"general_grouped_gemm of transformer_engine {version()} fails: {type(failure).__name__}: {failure}"
+    return None if error < 0.01 else f"general_grouped_gemm of transformer_engine {version()} is off by {error:.0%}"
