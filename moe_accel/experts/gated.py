@@ -88,7 +88,7 @@ def gated_experts(
     x_, up, down = as_autocast(x, up, down)
     pairs, joined = [], []
     for matrix, given in ((up, up_factors), (down, down_factors)):
-        a, b, place = given or (None, None, None)
+        a, b, place = Factors(*given) if given else (None, None, None)
         pairs.append((a, b))
         joined.append(place if place is not None and place.holds(matrix, a) else None)
     places = routing.ends, routing.experts, *routing.rows

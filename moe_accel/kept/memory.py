@@ -39,8 +39,9 @@ class DeviceMemory:
     """That of a CUDA device, by its allocator and its driver."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.total = torch.cuda.mem_get_info(device)[1]
+        # some of torch.cuda's functions take no "cuda" without an index
+        self.device = torch.cuda.current_device() if device.index is None else device.index
+        self.total = torch.cuda.mem_get_info(self.device)[1]
 
     def allocated(self) -> int:
         """Of tensors, now."""
