@@ -15,7 +15,7 @@ from transformers.integrations.moe import ExpertsInterface
 from moe_accel.dispatch import Dispatcher
 from moe_accel.experts.adapters import factors, join_weights
 from moe_accel.experts.fused import fused_experts
-from moe_accel.experts.joined import Joined
+from moe_accel.experts.joined import Joined, join
 from moe_accel.experts.reference import reference_experts
 from moe_accel.experts.replay import Record, Records, in_backward
 from moe_accel.experts.routing import LocalRouting, sort_by_expert
@@ -38,6 +38,7 @@ class Settings:
         lean: whether backward computes the first projection again, rather than its output being kept.
         counting: whether to count `load`.
         joined: weights of this module that have room for their adapters, by name.
+        apart: rank of the adapters of those that had, before a state dict was made of them.
         load: [e] int64 on the device, tokens computed by each of this rank's experts so far; None while there are none.
         records: routing of the forwards that may be recomputed.
     """
@@ -49,6 +50,7 @@ class Settings:
     lean: bool = False
     counting: bool = False
     joined: dict[str, Joined] = field(default_factory=dict)
+    apart: dict[str, int] = field(default_factory=dict)
     load: Tensor | None = None
     records: Records = field(default_factory=Records)
 
@@ -87,7 +89,26 @@ def join_adapters(model: nn.Module) -> None:
     After the model is where it trains: weights that move later, or that somebody replaces, lose this and nothing else.
     """
     for module, name, joined in join_weights(model):
+        if not module._moe_accel.joined:
+            module.register_state_dict_pre_hook(_take_apart)
         module._moe_accel.joined[name] = joined
+
+
+def _take_apart(module: Any, *_: Any) -> None:
+    """Before a state dict is made: safetensors refuses tensors that are a part of their memory."""
+    settings = settings_of(module)
+    for name, joined in settings.joined.items():
+        if joined.leave(module, name):
+            settings.apart[name] = joined.rank
+    settings.joined = {}
+
+
+def _join_again(module: Any, settings: Settings) -> None:
+    for name, rank in settings.apart.items():
+        joined = join(module, name, rank)
+        if joined is not None:
+            settings.joined[name] = joined
+    settings.apart = {}
 
 
 def settings_of(module: nn.Module) -> Settings:
@@ -145,6 +166,8 @@ def _compute(
     module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor, routing: LocalRouting | None
 ) -> Tensor:
     norm_scale = float(settings.ep_size)
+    if settings.apart and torch.is_grad_enabled():
+        _join_again(module, settings)
     ep = settings.ep_rank, settings.ep_size
     up, down = (factors(module, name, *ep, settings.joined) for name in projections(module))
     if settings.kernels == "reference" or routing is None:

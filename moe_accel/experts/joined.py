@@ -6,6 +6,8 @@
 The two are added in the GEMM's own fp32 sums: nothing of [P,out] is written twice, and no adapter is rounded away
 beside what it is added to. W stays the model's parameter, a view of the whole; A and B, a few MB, are written before
 each product. Only frozen weights that this rank has whole are joined: FSDP gathers parameters into memory of its own.
+Before a state dict is made the weights leave it, as safetensors wants whole memory, and the next training forward joins
+them again.
 
 Sizes: e experts, A inner, B outer, r rank (padded), P rows.
 """
@@ -44,11 +46,22 @@ class Joined:
         """[e,A,B], a view."""
         return self.whole[:, : self.shape[0], : self.shape[1]]
 
+    def leave(self, module: Any, name: str) -> bool:
+        """Give the parameter memory of its own again; False where it has that already."""
+        parameter: nn.Parameter = getattr(module, name)
+        matrix = parameter.detach() if module.is_transposed else parameter.detach().transpose(1, 2)
+        if not self._is(matrix):
+            return False
+        parameter.data = parameter.detach().contiguous()
+        return True
+
     def holds(self, matrix: Tensor, a: Any) -> bool:
         """Whether these weights are still the ones here, and an adapter with A [e,A,r] has its place."""
+        return self._is(matrix) and a.shape[2] == self.rank and a.dtype == matrix.dtype
+
+    def _is(self, matrix: Tensor) -> bool:
         view = self.matrix
-        here = (matrix.data_ptr(), matrix.stride(), matrix.dtype) == (view.data_ptr(), view.stride(), view.dtype)
-        return here and a.shape[2] == self.rank and a.dtype == matrix.dtype
+        return (matrix.data_ptr(), matrix.stride(), matrix.dtype) == (view.data_ptr(), view.stride(), view.dtype)
 
     def write(self, a: Tensor, b: Tensor, owner: object) -> None:
         """Put A [e,A,r] and B [e,r,B] beside the weights, unless `owner`'s are there."""

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from moe_accel import expert_lora_config, experts
+from moe_accel import MoEConfig, expert_lora_config, experts
 from moe_accel.experts import gated, joined
 from moe_accel.experts.joined import Joined, Projection
 from moe_accel.kernels.grouped import TORCH
@@ -120,6 +121,32 @@ def test_weights_and_saved_files_have_the_same_bits(everywhere, tmp_path):
     saved = [load_file(tmp_path / name / "model.safetensors") for name in ("expected", "found")]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_states_and_models_are_saved_and_read_as_ever(everywhere, used, tmp_path):
+    """safetensors refuses a tensor that is a part of its memory: weights leave it for a state dict, and come back."""
+    model = adapted()
+    expected = {name: each.clone() for name, each in model.state_dict().items()}
+    accelerator = Accelerator(parallelism_config=MoEConfig())
+    ours: Any = accelerator.prepare(model)
+    before = training(ours, "qwen3_moe")
+    accelerator.save_state(tmp_path / "state")
+    accelerator.save_model(ours, tmp_path / "model")
+    saved = load_file(tmp_path / "state" / "model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    modules: list[Any] = [module for _, module in experts_modules(ours)]
+    for name in ("gate_up_proj", "down_proj"):
+        assert all(getattr(module, name).is_contiguous() for module in modules)
+    for parameter in ours.parameters():
+        parameter.data.zero_()
+    accelerator.load_state(tmp_path / "state")
+    used.clear()
+    after = training(ours, "qwen3_moe")
+    assert all(used)
+    assert all(len(each.joined) == 2 for each in settings(ours))
+    assert after[0] == before[0]
+    assert all(torch.equal(gradient, after[1][name]) for name, gradient in before[1].items())
 
 
 def test_weights_that_train_or_have_no_adapter_stay_where_they_are(everywhere):
