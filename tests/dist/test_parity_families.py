@@ -14,13 +14,13 @@ EP_SIZES = {
     "qwen3_moe": (1, 2, 4),
     "mixtral": (2,),
     "deepseek_v3": (4,),
-    "glm4_moe": (2,),
+    "glm4_moe": (),
     "gpt_oss": (2,),
     "nemotron_h": (4,),
     "qwen3_next": (2,),
-    "qwen3_5_moe": (4,),
-    "olmoe": (4,),
-    "granitemoe": (2,),
+    "qwen3_5_moe": (),
+    "olmoe": (),
+    "granitemoe": (),
 }
 """The ep sizes of the default run; the others are `slow`."""
 

@@ -51,7 +51,9 @@ def test_on_three_ranks():
     assert_parity(THREE_RANKS, 3)
 
 
-@pytest.mark.parametrize("trainable", ["experts", "self_attn", "layers.1", "lm_head"])
+@pytest.mark.parametrize(
+    "trainable", ["experts", "self_attn", *(pytest.param(each, marks=pytest.mark.slow) for each in ("layers.1", "lm_head"))]
+)
 @pytest.mark.parametrize("recompute", ["true", pytest.param("false", marks=pytest.mark.slow)], ids=["checkpointing", "plain"])
 def test_with_everything_else_frozen(trainable, recompute):
     assert_parity(Job(trainable=trainable), 2, {"FSDP_ACTIVATION_CHECKPOINTING": recompute})
@@ -77,7 +79,9 @@ def test_with_experts_that_no_token_chooses(ep_size):
     assert_parity(EMPTY_EXPERTS, ep_size)
 
 
-@pytest.mark.parametrize("job", [FEW_EXPERTS, ACCUMULATE], ids=["plain", "accumulate2"])
+@pytest.mark.parametrize(
+    "job", [FEW_EXPERTS, pytest.param(ACCUMULATE, marks=pytest.mark.slow)], ids=["plain", "accumulate2"]
+)
 def test_with_two_replicas(job):
     """HSDP: dp_replicate 2 x efsdp 1 x ep 2."""
     trained = train_on_ranks(job, 2, moe_config={"dp_replicate_size": 2})

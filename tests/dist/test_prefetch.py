@@ -50,7 +50,12 @@ EXPECTED = {
 
 @pytest.mark.parametrize(
     ("ep_size", "checkpointing", "expected"),
-    [(2, "true", EXPECTED), (2, "false", EXPECTED), (4, "false", {}), (1, "false", {})],
+    [
+        (2, "true", EXPECTED),
+        pytest.param(2, "false", EXPECTED, marks=pytest.mark.slow),
+        (4, "false", {}),
+        pytest.param(1, "false", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_layer_asks_for_its_experts_and_for_the_next_layer(ep_size, checkpointing, expected):
     environment = with_moe_config(ep_size=ep_size) | {"FSDP_ACTIVATION_CHECKPOINTING": checkpointing}

@@ -57,7 +57,9 @@ class Run:
         if how.pop("checkpointing", True):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        accelerator = Accelerator(cpu=True, parallelism_config=MoEConfig(kept_layers=kept_layers))
+        # the copy of the model that proves the other way of padding would be counted as well
+        config = MoEConfig(kept_layers=kept_layers, padding_free="off")
+        accelerator = Accelerator(cpu=True, parallelism_config=config)
         self.model, self.optimizer = accelerator.prepare(self.model, self.optimizer)
         self.notes = [note for note in plugin.reports(accelerator)[0].notes if "kept_layers" in note]
         self.losses, self.kept, self.seed = [], [], 0
