@@ -85,9 +85,7 @@ def _prepare_model(original: Callable) -> Callable:
         swap_all(self, [model])
         read_whole_models(self, [model])
         prepared = original(self, model, *args, **kwargs)
-        config: Any = self.parallelism_config
-        whole_here = self.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
-        if whole_here and choose_kernels(config.kernels, self.device).value == "fused":
+        if self.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU):
             experts.join_adapters(model)
         return prepared
 

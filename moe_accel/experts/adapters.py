@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe_accel.errors import UnsupportedModelError
-from moe_accel.experts.joined import Joined, join
+from moe_accel.experts.joined import Joined
 from moe_accel.experts.weights import projections
 from moe_accel.kernels.device import autocast_dtype
 from moe_accel.swap import become
@@ -144,19 +144,13 @@ def factors(
     return Factors(a, b, joined.get(parameter))
 
 
-def join_weights(model: nn.Module) -> Iterator[tuple[Any, str, Joined]]:
-    """Give frozen expert weights room for the adapters that are active on them now, so that one GEMM computes both.
-
-    Yields:
-        the experts module, the name of its parameter, and its memory: only where that is possible, see `joined.join`.
-    """
+def active_ranks(model: nn.Module) -> Iterator[tuple[Any, str, int]]:
+    """The experts modules and parameters that have active adapters now, and their rank together, padded."""
     wrappers: list[Any] = [module for module in model.modules() if isinstance(module, _Noting)]
     for each in wrappers:
         rank = sum(each.r[name] for name in each.active_adapters if name in each.lora_A)
-        base = each.get_base_layer()
-        joined = join(base, each.parameter_name, rank + -rank % ALIGNED) if rank else None
-        if joined is not None:
-            yield base, each.parameter_name, joined
+        if rank:
+            yield each.get_base_layer(), each.parameter_name, rank + -rank % ALIGNED
 
 
 class _Factors(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_accel.dispatch import Dispatcher
-from moe_accel.experts.adapters import factors, join_weights
+from moe_accel.experts.adapters import active_ranks, factors
 from moe_accel.experts.fused import fused_experts
 from moe_accel.experts.joined import Joined, join
 from moe_accel.experts.reference import reference_experts
@@ -88,10 +88,14 @@ def join_adapters(model: nn.Module) -> None:
 
     After the model is where it trains: weights that move later, or that somebody replaces, lose this and nothing else.
     """
-    for module, name, joined in join_weights(model):
-        if not module._moe_accel.joined:
-            module.register_state_dict_pre_hook(_take_apart)
-        module._moe_accel.joined[name] = joined
+    for module, name, rank in active_ranks(model):
+        settings = settings_of(module)
+        if settings.kernels == "fused":
+            was_joined = bool(settings.joined)
+            settings.apart = {name: rank}
+            _join(module, settings)
+            if settings.joined and not was_joined:
+                module.register_state_dict_pre_hook(_take_apart)
 
 
 def _take_apart(module: Any, *_: Any) -> None:
@@ -103,7 +107,7 @@ def _take_apart(module: Any, *_: Any) -> None:
     settings.joined = {}
 
 
-def _join_again(module: Any, settings: Settings) -> None:
+def _join(module: Any, settings: Settings) -> None:
     for name, rank in settings.apart.items():
         joined = join(module, name, rank)
         if joined is not None:
@@ -167,7 +171,7 @@ def _compute(
 ) -> Tensor:
     norm_scale = float(settings.ep_size)
     if settings.apart and torch.is_grad_enabled():
-        _join_again(module, settings)
+        _join(module, settings)
     ep = settings.ep_rank, settings.ep_size
     up, down = (factors(module, name, *ep, settings.joined) for name in projections(module))
     if settings.kernels == "reference" or routing is None:

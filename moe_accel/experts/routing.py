@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_accel.kernels.grouped import group_sizes
 from moe_accel.kernels.rows import RowMap
 from moe_accel.kernels.sort import can_sort, sort_triton
 
@@ -38,8 +39,7 @@ class LocalRouting:
     @cached_property
     def sizes(self) -> list[int]:
         """Pairs of each expert as the host knows them: the first time it waits for the device."""
-        stops = self.ends.tolist()
-        return [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+        return group_sizes(self.ends)
 
 
 def sort_by_expert(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> LocalRouting:

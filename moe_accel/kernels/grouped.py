@@ -46,7 +46,7 @@ def grouped_outer(rows: Tensor, others: Tensor, ends: Tensor) -> Tensor:
     """
     if takes_torch_grouped_mm(rows, others[None]) and rows.shape[0]:
         return functional.grouped_mm(rows.t(), others, offs=ends)
-    sizes = _sizes(ends)
+    sizes = group_sizes(ends)
     return torch.stack([a.t() @ b for a, b in zip(rows.split(sizes), others.split(sizes), strict=True)])
 
 
@@ -62,11 +62,12 @@ TORCH = GroupedGemm(grouped_mm, grouped_outer)
 
 def grouped_mm_by_group(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """`grouped_mm` as one product per group: the definition, and what runs without a GPU."""
-    products = [group @ matrix for group, matrix in zip(rows.split(_sizes(ends)), matrices.unbind(), strict=True)]
+    products = [group @ matrix for group, matrix in zip(rows.split(group_sizes(ends)), matrices.unbind(), strict=True)]
     return torch.cat(products)
 
 
-def _sizes(ends: Tensor) -> list[int]:
+def group_sizes(ends: Tensor) -> list[int]:
+    """Rows of each group as the host knows them; waits for the device."""
     stops = ends.tolist()
     return [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
 

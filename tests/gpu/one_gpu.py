@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from qwen3 import VOCABULARY, build_bf16, config, profile_of, summary, timed_steps
@@ -30,6 +31,30 @@ def norms_by_kind(model: torch.nn.Module) -> dict[str, float]:
         if parameter.grad is not None:
             squares[name.split(".", 3)[-1]] += parameter.grad.float().square().sum().item()
     return {name: math.sqrt(square) for name, square in squares.items()}
+
+
+def measured(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    forward_backward: Callable[[], torch.Tensor],
+) -> dict:
+    """Train by steps, of which the first gives gradient norms and the last ten times: the summary of `qwen3.py`."""
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def step() -> torch.Tensor:
+        loss = forward_backward()
+        update()
+        return loss
+
+    losses = [forward_backward()]
+    norms = norms_by_kind(model)
+    update()
+    more, times = timed_steps(step)
+    return summary(args, losses + more, norms, times)
 
 
 def main() -> None:
@@ -63,21 +88,7 @@ def main() -> None:
         loss.backward()
         return loss.detach()
 
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def step() -> torch.Tensor:
-        loss = forward_backward()
-        update()
-        return loss
-
-    losses = [forward_backward()]
-    norms = norms_by_kind(model)
-    update()
-    more, times = timed_steps(step)
-    losses += more
-    print(json.dumps(summary(args, losses, norms, times)), flush=True)
+    print(json.dumps(measured(args, model, optimizer, forward_backward)), flush=True)
     if args.profile:
         print(profile_of(forward_backward, num_rows=25, width=80))
 

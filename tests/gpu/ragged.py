@@ -14,8 +14,8 @@ import argparse
 import json
 
 import torch
-from one_gpu import build, norms_by_kind
-from qwen3 import VOCABULARY, summary, timed_steps
+from one_gpu import build, measured
+from qwen3 import VOCABULARY
 
 SHARES = (1.0, 0.6, 0.4, 0.2)
 """Of the longest sequence: 55 % on average."""
@@ -83,21 +83,7 @@ def main() -> None:
             total += loss.detach()
         return total
 
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def step() -> torch.Tensor:
-        loss = forward_backward()
-        update()
-        return loss
-
-    losses = [forward_backward()]
-    norms = norms_by_kind(model)
-    update()
-    more, times = timed_steps(step)
-    losses += more
-    found = summary(args, losses, norms, times)
+    found = measured(args, model, optimizer, forward_backward)
     found["useful_tokens"] = num_useful
     found["useful_tok_s"] = round(num_useful / found["median_ms"] * 1e3)
     found["padding"] = round(1 - num_useful / (args.batch * args.sequence), 4)

@@ -18,20 +18,11 @@ from tests.fake_memory import FakeMemory
 from tests.families import build_tiny, tiny_inputs, tiny_loss
 from tests.unit.test_kept import fsdp
 
-pytestmark = pytest.mark.usefixtures("new_accelerate_state")
+pytestmark = pytest.mark.usefixtures("new_accelerate_state", "one_thread")
 
 NUM_LAYERS = 6
 SEQUENCE = 12
 TOKENS = 2 * SEQUENCE
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products are slower on several threads, by far where others use the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -14,20 +14,13 @@ from moe_accel.padding import attention, twin
 from tests.families import build_tiny
 from tests.family_data import VOCAB
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = (9, 17, 4)
 WIDTH = 19
 """More than the longest, and more than twice the sliding window of the tiny configs."""
 SAME = {"rtol": 2e-5, "atol": 1e-7, "check_dtype": False}
 """fp64, but for routers, norms and rotary embeddings that compute in fp32."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Products this small are slower on more, and much slower where others want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def ragged(left: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
