@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.dist.ranks import STOCK_FSDP2, RankError, run_alone, run_ranks, with_moe_config
+from tests.dist.ranks import STOCK_FSDP2, RankError, crashes, run_alone, run_ranks, with_moe_config
 
 
 def facts():
@@ -50,12 +50,33 @@ def fail_on_rank(rank, how):
     ("how", "told"), [("raises", "ValueError: the reason"), ("aborts", "rank 1 ended with SIGABRT")]
 )
 def test_one_failing_rank_fails_the_case_at_once_with_its_traceback_and_output(how, told):
-    start = time.monotonic()
+    start, count = time.monotonic(), len(crashes)
     with pytest.raises(RankError) as error:
         run_ranks(fail_on_rank, 3, STOCK_FSDP2, timeout_s=60, rank=1, how=how)
+    del crashes[count:]  # this one was ours
     assert time.monotonic() - start < 30
     assert told in str(error.value)
     assert "rank 1 printed\nabout to fail" in str(error.value)
+
+
+def crash_once(folder):
+    dist.init_process_group("gloo")
+    here = folder / str(dist.get_rank())
+    is_first = not here.exists()
+    here.touch()
+    if is_first and dist.get_rank() == 1:
+        os.abort()
+    dist.barrier()
+    return is_first
+
+
+def test_ranks_of_which_one_crashed_are_run_once_more_and_the_session_tells(tmp_path):
+    count = len(crashes)
+    assert run_ranks(crash_once, 2, folder=tmp_path) == [False, False]
+    [told] = crashes[count:]
+    del crashes[count:]  # this one was ours
+    assert told.startswith("rank 1 ended with SIGABRT")
+    assert "Current thread" in told  # where it was
 
 
 def sleep(seconds):

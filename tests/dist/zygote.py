@@ -3,6 +3,7 @@
 It imports and never computes: threads, which the first autograd or OpenMP call starts, do not survive a fork.
 """
 
+import faulthandler
 import importlib
 import os
 import pickle
@@ -73,15 +74,26 @@ def _wait(ranks: dict[int, int], folder: Path, deadline: float, pipe: Connection
             del ranks[rank]
             if not Path(folder, f"{rank}.result").exists():
                 time.sleep(GRACE_S)
-                code = os.waitstatus_to_exitcode(status)
-                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                return f"rank {rank} ended with {how}"
+                return _how_ended(rank, status, ranks)
         if time.monotonic() > deadline:
             return f"ranks {sorted(ranks)} were still running at the timeout"
         if pipe.poll():  # nobody asks while a request is served: the other end is closed
             return "nobody waits for the ranks any more"
         time.sleep(0.01)
     return ""
+
+
+def _how_ended(rank: int, status: int, others: dict[int, int]) -> str:
+    """What to blame: the rank that ended first, or one that died by a signal, whose peers may raise before it is gone."""
+    codes = {rank: os.waitstatus_to_exitcode(status)}
+    for other, pid in list(others.items()):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            del others[other]
+            codes[other] = os.waitstatus_to_exitcode(status)
+    rank = next((each for each, code in codes.items() if code < 0), rank)
+    how = signal.Signals(-codes[rank]).name if codes[rank] < 0 else f"exit code {codes[rank]}"
+    return f"rank {rank} ended with {how}"
 
 
 def _be_rank(rank: int, function: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> NoReturn:
@@ -92,6 +104,7 @@ def _be_rank(rank: int, function: Any, kwargs: dict[str, Any], request: dict[str
         output = os.open(folder / f"{rank}.output", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        faulthandler.enable()  # a rank that dies by a signal says where each thread was
         os.environ.update(request["environment"])
         if request["num_ranks"] > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(request["num_ranks"]))
