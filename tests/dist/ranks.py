@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,6 @@ STOCK_FSDP2 = FSDP2
 CRASHES = ("SIGSEGV", "SIGABRT")
 """How gloo ends a process, about once in a thousand runs, by freeing a buffer twice in a thread of its own (the stack is
 AsyncAllgatherCoalescedWork, ~AllgatherOptions, ~UnboundBuffer; torch 2.13, stock accelerate too)."""
-crashes: list[str] = []
-"""What was said by ranks that ended so and were run again; printed when the session ends."""
 
 
 class RankError(Exception):
@@ -64,7 +63,7 @@ def run_ranks(
 
     Raises:
         RankError: as soon as one rank fails; the others are killed. Several ranks of which one crashed (`CRASHES`) are
-            run once more, and a second crash is raised.
+            run once more with a RuntimeWarning, and a second crash is raised.
     """
     __tracebackhide__ = True  # what the ranks say is the story
     for is_last in (False, True):
@@ -83,7 +82,7 @@ def run_ranks(
             failure += _what_ranks_said(Path(folder), num_ranks)
             if is_last or num_ranks == 1 or not any(signal in failure.splitlines()[0] for signal in CRASHES):
                 raise RankError(failure)
-            crashes.append(failure)
+            warnings.warn(f"a rank crashed, all are run again: {failure}", RuntimeWarning, stacklevel=2)
     raise AssertionError  # the second time returns or raises
 
 
