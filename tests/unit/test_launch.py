@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_accel.kernels import device
+from moe_accel.kernels import device, rms_norm
 
 pytestmark = pytest.mark.skipif(not device.HAS_TRITON, reason="needs triton")
 MEMORY = torch.zeros(64, dtype=torch.float64)  # begins at a multiple of 64 bytes
 STREAM = 7
+NOT_THERE = 99  # a device that no other test's kernels are compiled for
 
 
 class Kernel:
@@ -89,3 +90,45 @@ def test_triton_itself_launches_under_a_profiler(launched, monkeypatch):
     kernel = launched(at(0), at(16), 33)
     assert kernel.num_compiled == 2
     assert not kernel.runs
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """What is started, each with all its arguments, on a machine that Triton takes for one with an H100."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    started = []
+    properties = {"max_shared_mem": 227 * 1024}
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: properties,
+        load_binary=lambda *_: ("module", "function", 64, 0, 1024),
+    )
+    machine = SimpleNamespace(
+        get_current_device=lambda: NOT_THERE,
+        get_current_stream=lambda device: STREAM,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        launcher_cls=lambda source, metadata: lambda *given: started.append(given),
+        utils=utils,
+    )
+    monkeypatch.setattr(driver, "_active", machine)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    monkeypatch.setattr(device, "_compiled", {})
+    return started
+
+
+@pytest.mark.skipif(not device.LAUNCHES_COMPILED, reason="of Triton 3.6")
+def test_a_real_kernel_is_started_with_the_arguments_that_triton_gives_it(starts):
+    x, sums = torch.zeros(3, 40, dtype=torch.bfloat16), torch.zeros(3, 40)
+    constants = {"OF_WEIGHT": True, "offset": 0.0} | rms_norm._constants(rms_norm.Tile(1, 4, 1, 1), 40)
+    for num_rows in (1, 3, 16, 3):
+        args = x, x, x[0], sums, x, sums, num_rows
+        for _ in range(2):  # by Triton, if it is new, and past it
+            device._launch_compiled(rms_norm._backward_kernel, (3,), NOT_THERE, args, constants)
+        rms_norm._backward_kernel[(3,)](*args, **constants)
+    assert len(device._compiled) == 3
+    for past, by_triton in zip(starts[1::3], starts[2::3], strict=True):
+        assert past[6:9] == (None, None, None)  # metadata for hooks, and no hooks
+        values = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in by_triton[9:]]
+        assert (*past[:6], *past[9:]) == (*by_triton[:6], *values)
+        assert isinstance(past[9], int)
