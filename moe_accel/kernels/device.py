@@ -4,7 +4,6 @@
 """
 
 import os
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -42,51 +41,71 @@ def use_triton(values: Tensor) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run a kernel on the device of its first tensor, whichever is the current one.
+    """Run a kernel on the device of its first argument, a tensor, whichever is the current one.
 
     `args` are the first parameters of the kernel in their order, `constants` the rest by name.
     """
-    first = next(each for each in args if isinstance(each, Tensor))
-    elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
-    with torch.cuda.device(first.device) if elsewhere else nullcontext():
-        if LAUNCHES_COMPILED and first.is_cuda:
-            _launch_compiled(kernel, grid, first.device.index, args, constants)
-        else:
-            kernel[grid](*args, **constants)
+    first = args[0]
+    if not first.is_cuda:
+        kernel[grid](*args, **constants)
+        return
+    start, device = _launch_compiled if LAUNCHES_COMPILED else _launch, first.get_device()
+    if device == torch._C._cuda_getDevice():
+        start(kernel, grid, device, args, constants)
+    else:
+        with torch.cuda.device(device):
+            start(kernel, grid, device, args, constants)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    kernel[grid](*args, **constants)
 
 
 def _launch_compiled(
     kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
-    """`kernel[grid](...)` in a third of the time: what Triton would find out about the arguments once more is kept.
+    """`kernel[grid](...)` in a fraction of the time: what Triton would find out about the arguments once more is kept.
 
     Triton compiles a kernel anew for other dtypes, for pointers and whole numbers that 16 divides or not, for the
     number 1 and for numbers of more than 32 bits. That is the key here.
     """
-    values = [each.data_ptr() if isinstance(each, Tensor) else each for each in args]
-    key = (kernel, device, *constants.values(), *map(_specialisation, args, values))
+    key, values = [id(kernel), device, *constants.values()], []
+    for each in args:
+        if isinstance(each, Tensor):
+            value = each.data_ptr()
+            key += each.dtype, value % 16
+        else:
+            value = each
+            key += _kind_of(each)
+        values.append(value)
+    key = tuple(key)
     known = _compiled.get(key)
-    if known is None or triton.knobs.runtime.launch_enter_hook is not None:  # a profiler's: Triton calls it
+    if known is None or triton.knobs.runtime.launch_enter_hook.calls:  # a profiler's: Triton calls them
         compiled = kernel[grid](*args, **constants)
         names = [name for name in kernel.arg_names if name in constants]
         if kernel.arg_names[len(args) :] == names:
-            _compiled[key] = compiled, [constants[name] for name in names]
+            _compiled[key] = compiled, [constants[name] for name in names], kernel
         return
-    compiled, rest = known
+    compiled, rest, _ = known
     stream = torch._C._cuda_getCurrentRawStream(device)
     x, y, z = *grid, *(1,) * (3 - len(grid))
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *rest)
 
 
-_compiled: dict[Any, tuple[Any, list[Any]]] = {}
+_compiled: dict[Any, tuple[Any, list[Any], Any]] = {}
+"""By kernel (its id, for its hash takes a microsecond; it is held here, so that no other gets the id) and arguments."""
 
 
-def _specialisation(argument: Any, value: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.dtype, value % 16
+def _kind_of(argument: Any) -> tuple[Any, ...]:
     if isinstance(argument, int) and not isinstance(argument, bool):
-        return value == 1, value % 16, -(2**31) <= value < 2**31
+        return argument == 1, argument % 16, -(2**31) <= argument < 2**31
     return type(argument), argument
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 of a CPU, where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @cache

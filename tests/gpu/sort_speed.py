@@ -1,6 +1,6 @@
 """Sorting pairs by expert: torch's operations beside the three kernels of `moe_accel/kernels/sort.py`.
 
-usage      python tests/gpu/sort_speed.py [--rounds 50]
+usage      python -m tests.gpu.sort_speed [--rounds 50]
 prints     one JSON line for each shape: ms between two CUDA events around one sort (median of the rounds, each
            of other choices, the GPU kept busy beforehand so that starting the kernels is not in it), and host
            microseconds per call while nothing is waited for. Torch and kernels take turns in every round.
@@ -9,38 +9,16 @@ prints     one JSON line for each shape: ms between two CUDA events around one s
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 
 from moe_accel.experts.routing import sort_torch
 from moe_accel.kernels.sort import sort_triton
+from tests.gpu.timing import device_ms, host_us
 
 SHAPES = [(8192, 8, 128), (16_384, 8, 128), (16_384, 4, 32), (16_384, 2, 8), (16_384, 6, 128)]
-BUSY_CYCLES = 2_000_000  # about 1 ms: longer than the host takes to start one sort
 WAYS = {"torch": sort_torch, "kernels": sort_triton}
-Way = Callable[..., Any]
-
-
-def device_ms(way: Way, choices: torch.Tensor, num_experts: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(BUSY_CYCLES)
-    start.record()
-    way(choices, num_experts)
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
-
-
-def host_us(way: Way, choices: torch.Tensor, num_experts: int) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    way(choices, num_experts)
-    took = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return took * 1e6
 
 
 def main() -> None:
@@ -55,7 +33,8 @@ def main() -> None:
             scores = torch.randn(num_rows, num_experts, device="cuda", generator=generator) + skew
             choices = scores.topk(top_k).indices
             for name, way in WAYS.items():
-                ms, us = device_ms(way, choices, num_experts), host_us(way, choices, num_experts)
+                sort = partial(way, choices, num_experts)
+                ms, us = device_ms(sort), host_us(sort)
                 if number >= 3:
                     found.setdefault(f"{name}_ms", []).append(ms)
                     found.setdefault(f"{name}_host_us", []).append(us)

@@ -9,9 +9,11 @@ import torch
 from moe_accel.experts import routing
 from moe_accel.kernels import cross_entropy, glu, rms_norm, rope, rows, sort, squared_relu
 from moe_accel.kernels.device import INTERPRETED
+from tests import interpreter
 from tests.unit.test_kernels import GATES
 
 assert INTERPRETED, "set TRITON_INTERPRET=1"
+interpreter.read_bounds_of_loops()
 EPSILON = torch.finfo(torch.float32).eps
 
 
@@ -191,21 +193,58 @@ def test_softmax_gradient(width):
     torch.testing.assert_close(logits, expected, rtol=128 * EPSILON, atol=EPSILON)
 
 
-@pytest.mark.parametrize(("num_rows", "width"), [(1, 1), (5, 24), (70, 128), (3, 1032)])
+TILES = {
+    "one-program": rms_norm.Tile(1, 4, 1, 3),
+    "programs-of-two-tiles": rms_norm.Tile(2, 4, 2, 2),
+    "a-program-for-each-tile": rms_norm.Tile(4, 4, None, 1),
+}
+NORMS = {
+    **{f"chosen-{rows}-{width}": (rows, width, None) for rows, width in ((1, 1), (5, 24), (70, 128), (3, 1032))},
+    **{
+        f"{name}-{rows}-{width}": (rows, width, tile)
+        for name, tile in TILES.items()
+        for rows, width in ((1, 3), (9, 20))
+    },
+}
+
+
+@pytest.mark.parametrize(("num_rows", "width", "tile"), NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_rms_norm_and_its_backward(num_rows, width, offset, monkeypatch):
-    monkeypatch.setattr(rms_norm, "NUM_PROGRAMS", 2)  # so that a program has several tiles
+def test_rms_norm_and_its_backward(num_rows, width, tile, offset):
     x, gradient, weight = values(num_rows, width), values(num_rows, width + 1)[:, :width], values(width)
-    y, inverse = rms_norm.normalise(x, weight, 1e-6, offset)
+    y, inverse = rms_norm.normalise(x, weight, 1e-6, offset, tile)
     expected, expected_inverse = rms_norm.normalise_torch(x, weight, 1e-6, offset)
     torch.testing.assert_close(inverse, expected_inverse, rtol=8 * EPSILON, atol=0)
     torch.testing.assert_close(y, expected, rtol=16 * EPSILON, atol=EPSILON)
-    found = rms_norm.normalise_backward(gradient, x, weight, inverse, offset)
+    found = rms_norm.normalise_backward(gradient, x, weight, inverse, offset, tile=tile)
     expected = rms_norm.normalise_backward_torch(gradient, x, weight, expected_inverse, offset)
     for one, other in zip(found, expected, strict=True):
         scale = float(other.abs().max())
         # differences of sums of `width` products, and sums over rows, in another order
         torch.testing.assert_close(one, other, rtol=0, atol=64 * EPSILON * max(1.0, scale))
+
+
+def test_sums_of_more_programs_than_are_added_at_once():
+    sums = values(rms_norm.SUMMED_ROWS + 3, rms_norm.SUMMED_COLUMNS + 1)
+    found = rms_norm.sum_rows(sums, torch.float16)
+    expected = sums.double().sum(0).half()
+    torch.testing.assert_close(found, expected, rtol=2**-10, atol=2**-13)  # of rounding to fp16; sums are exact to 1e-5
+
+
+@pytest.mark.parametrize("trained", ["x", "weight", "both"])
+def test_rms_norm_of_a_batch_gives_the_gradients_that_are_wanted(trained):
+    x, weight, gradient = values(2, 3, 24), values(24), values(2, 3, 24).cos()
+    expected, inverse = rms_norm.normalise_torch(x, weight, 1e-6, 1.0)
+    expected_gradients = rms_norm.normalise_backward_torch(gradient, x, weight, inverse, 1.0)
+    x.requires_grad_(trained != "weight")
+    weight.requires_grad_(trained != "x")
+    found = rms_norm.rms_norm(x, weight, 1e-6, 1.0)
+    torch.testing.assert_close(found, expected, rtol=16 * EPSILON, atol=EPSILON)
+    found.backward(gradient)
+    for leaf, other in zip((x, weight), expected_gradients, strict=True):
+        assert (leaf.grad is not None) == leaf.requires_grad
+        if leaf.requires_grad:
+            torch.testing.assert_close(leaf.grad, other, rtol=0, atol=64 * EPSILON * max(1.0, float(other.abs().max())))
 
 
 @pytest.mark.parametrize("strided", [False, True])

@@ -112,15 +112,32 @@ COMPILED = {
         ["*bf16", "*i64", "*fp32", "*fp32"],
         {"width": 151_936, "COLUMNS": 8192},
     ),
-    "rms norm": (
-        rms_norm._forward_kernel,
-        ["*bf16", "*bf16", "*bf16", "*fp32", "i32"],
-        {"eps": 1e-6, "offset": 0.0, "width": 2048, "ROWS": 2, "COLUMNS": 2048},
-    ),
-    "rms norm backward": (
-        rms_norm._backward_kernel,
-        ["*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "i32", "i32"],
-        {"offset": 0.0, "width": 128, "ROWS": 32, "COLUMNS": 128},
+    **{
+        f"rms norm{direction} of {width}": (kernel, types, given | rms_norm._constants(tile, width))
+        for width in (128, 2048, 2880, 4096, 7168)
+        for tile, (direction, kernel, types, given) in zip(
+            rms_norm.tiles(width),
+            (
+                (
+                    "",
+                    rms_norm._forward_kernel,
+                    ["*bf16", "*bf16", "*bf16", "*fp32", "i32"],
+                    {"eps": 1e-6, "offset": 0.0},
+                ),
+                (
+                    " backward",
+                    rms_norm._backward_kernel,
+                    ["*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "i32"],
+                    {"OF_WEIGHT": True, "offset": 0.0},
+                ),
+            ),
+            strict=True,
+        )
+    },
+    "rms norm's sum": (
+        rms_norm._sum_kernel,
+        ["*fp32", "*bf16", "i32"],
+        {"width": 2880, "ROWS": rms_norm.SUMMED_ROWS, "COLUMNS": rms_norm.SUMMED_COLUMNS, "num_warps": 8},
     ),
     "rotation": (
         rope._rotate_kernel,
@@ -169,16 +186,30 @@ COMPILED = {
 
 
 OPTIONS = {cross_entropy._softmax_gradient_kernel: {"num_warps": 16}}
+REGISTERS, THREADS = 65_536, 2048  # of a multiprocessor of sm_90
 
 
 def compiled_for_sm_90(kernel, types, constants):
+    """Compiled as for tensors that begin at multiples of 16 bytes, as torch's do."""
+    options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    aligned = {(at,): [["tt.divisibility", 16]] for at, each in enumerate(types) if each.startswith("*")}
     signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS.get(kernel, {}))
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS.get(kernel, {}) | options)
+
+
+def disassembled(compiled, folder, tool, *arguments):
+    """What a tool that comes with Triton prints of a compiled kernel."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    folder_of_tools = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin"
+    command = [folder_of_tools / tool, *arguments, binary]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @needs_triton
@@ -186,14 +217,29 @@ def compiled_for_sm_90(kernel, types, constants):
 def test_compiles_for_sm_90_without_spills(kernel, types, constants, tmp_path):
     compiled = compiled_for_sm_90(kernel, types, constants)
     assert compiled.metadata.shared <= SHARED_BYTES
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    origin = importlib.util.find_spec("triton").origin
-    tool = Path(origin).parent / "backends/nvidia/bin/cuobjdump"
-    printed = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    printed = disassembled(compiled, tmp_path, "cuobjdump", "-res-usage")
     stack = re.findall(r"STACK:(\d+)", printed)
     assert stack, printed
     assert set(stack) == {"0"}, printed
+
+
+@needs_triton
+@pytest.mark.parametrize("width", [2048, 2880, 4096, 7168])
+def test_wide_rows_travel_by_16_bytes_and_all_programs_of_a_norm_are_there_at_once(width, tmp_path):
+    for name, tile in zip(
+        (f"rms norm of {width}", f"rms norm backward of {width}"), rms_norm.tiles(width), strict=True
+    ):
+        compiled = compiled_for_sm_90(*COMPILED[name])
+        registers = int(re.search(r"REG:(\d+)", disassembled(compiled, tmp_path, "cuobjdump", "-res-usage"))[1])
+        threads = tile.programs * tile.num_warps * 32
+        assert threads <= THREADS, name
+        assert -(-registers // 8) * 8 * threads <= REGISTERS, name  # given out by eight
+        assert tile.programs * (compiled.metadata.shared + 1024) <= SHARED_BYTES, name  # 1 KiB is the system's
+        accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.E\S*", disassembled(compiled, tmp_path, "nvdisasm"))
+        narrow = [each for each in accesses if not each.endswith(".128")]
+        assert len(accesses) - len(narrow) >= 3, name
+        assert len(narrow) <= tile.stages, f"{name}: {narrow}"  # r of a row
+        assert not any("16" in each for each in narrow), f"{name}: {narrow}"
 
 
 @needs_triton
