@@ -30,8 +30,10 @@ except ImportError:
 HAS_TRITON = hasattr(triton, "compile")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Read once: Triton reads it when a kernel is defined."""
-LAUNCHES_COMPILED = getattr(triton, "__version__", "").startswith("3.6.") and not INTERPRETED
-"""Whether compiled kernels are launched as Triton 3.6 does it itself; other versions launch them the ordinary way."""
+IS_TRITON_36 = getattr(triton, "__version__", "").startswith("3.6.") and not INTERPRETED
+LAUNCHES_COMPILED = IS_TRITON_36 and os.environ.get("MOE_ACCEL_DIRECT_LAUNCH") == "1"
+"""Whether compiled kernels are started as Triton 3.6 does it itself; other versions start them the ordinary way. Off
+where the environment does not ask for it, as long as it has only been compared with Triton's launches on a CPU."""
 
 
 def use_triton(values: Tensor) -> bool:

@@ -117,7 +117,7 @@ def starts(monkeypatch):
     return started
 
 
-@pytest.mark.skipif(not device.LAUNCHES_COMPILED, reason="of Triton 3.6")
+@pytest.mark.skipif(not device.IS_TRITON_36, reason="of Triton 3.6")
 def test_a_real_kernel_is_started_with_the_arguments_that_triton_gives_it(starts):
     x, sums = torch.zeros(3, 40, dtype=torch.bfloat16), torch.zeros(3, 40)
     constants = {"OF_WEIGHT": True, "offset": 0.0} | rms_norm._constants(rms_norm.Tile(1, 4, 1, 1), 40)
