@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,40 @@ def test_what_one_rank_cannot_read_ends_all_of_them(folder, tmp_path, environmen
     assert [rank[0] for rank in ranks] == ["CheckpointError", own]
     assert re.match(told.format(folder=re.escape(str(tmp_path))), ranks[0][1]), ranks[0][1]
     assert ranks[1][1] == ("none left" if damage == "no-memory" else ranks[0][1])
+
+
+def load_with_a_file_missing(families: list[str], folder: Path) -> tuple[str, str, str, float]:
+    """from_pretrained and prepare() on a rank; rank 1 lacks a file. The error, where it came from, and after how long.
+
+    Rank 0 loads another model by itself before: nobody waits for anybody then.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    if accelerator.is_main_process:
+        model_class(families[0]).from_pretrained(folder)
+    mine = shutil.copytree(folder, folder.with_name(f"rank-{accelerator.process_index}"))
+    if accelerator.process_index == 1:
+        min(mine.glob("*.safetensors")).unlink()
+    start, where = time.monotonic(), "from_pretrained"
+    try:
+        model = model_class(families[0]).from_pretrained(mine)
+        where = "prepare"
+        accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    except Exception as error:
+        return where, type(error).__name__, str(error), time.monotonic() - start
+    return "none", "", "", time.monotonic() - start
+
+
+@pytest.mark.parametrize("environment", [ON_FSDP2, pytest.param(ON_DDP, marks=pytest.mark.slow)], ids=["fsdp2", "ddp"])
+def test_a_file_that_one_rank_lacks_ends_all_of_them(folder, tmp_path, environment):
+    shutil.copytree(folder / FAMILIES[0] / "hub", tmp_path / "hub")
+    how = {"families": FAMILIES[:1], "folder": tmp_path / "hub", "timeout_s": 100}
+    others, own = run_ranks(load_with_a_file_missing, 2, environment, **how)
+    assert own[:2] == ("from_pretrained", "CheckpointError")
+    assert re.match(rf"{re.escape(str(tmp_path))}/rank-1/model-\S+ ", own[2])
+    assert others[:3] == ("prepare", "CheckpointError", f"rank 1: {own[2]}")
+    assert others[3] < 60
 
 
 def test_files_deleted_after_from_pretrained_are_read_all_the_same(folder, tmp_path):
