@@ -127,8 +127,9 @@ def read_all_onto(models: list[nn.Module], device: torch.device) -> None:
     """Read every pending parameter of these models onto the device of each rank. A collective call.
 
     Raises:
-        CheckpointError: on all ranks, where one of them cannot read a file.
+        CheckpointError: on all ranks that came here, where one failed in `from_pretrained`, or cannot read a file.
     """
+    meet()
     agree_on_reading(lambda: [read_onto(model, device) for model in models])
 
 

@@ -84,7 +84,7 @@ def test_a_bf16_base_is_rounded_once_from_fp32(family, tmp_path):
     found = loaded(family, tmp_path / "out", torch.bfloat16)
     num = different = 0
     for name, value in expected.items():
-        rounded = value.to(torch.bfloat16)
+        rounded = value.to(found[name].dtype)  # routers that a model keeps in fp32 are rounded to nothing
         num, different = num + value.numel(), different + int((found[name] != rounded).sum())
         near = (found[name].float() - value).abs() <= (rounded.float() - value).abs() + 1e-5 * value.abs()
         assert near.all(), name
