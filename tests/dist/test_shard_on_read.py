@@ -7,12 +7,16 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
+from moe_accel.errors import CheckpointError
+from moe_accel.ranks import FAILED, meet, telling_others
 from tests.dist.ranks import run_alone, run_ranks, with_moe_config
 from tests.dist.test_resume import whole
 from tests.families import build_tiny, model_class, tiny_inputs, tiny_loss
@@ -35,7 +39,7 @@ FAMILIES = [
 ]
 
 
-def before_fork(families: list[str], **_: Any) -> None:
+def before_fork(families: Sequence[str] = (), **_: Any) -> None:
     for family in families:
         model_class(family)
 
@@ -252,6 +256,24 @@ def test_a_file_that_one_rank_lacks_ends_all_of_them(folder, tmp_path, environme
     assert re.match(rf"{re.escape(str(tmp_path))}/rank-1/model-\S+ ", own[2])
     assert others[:3] == ("prepare", "CheckpointError", f"rank 1: {own[2]}")
     assert others[3] < 60
+
+
+def fail_and_go_on() -> None:
+    """Rank 1 fails and comes to the meeting all the same, before rank 0."""
+    torch.distributed.init_process_group("gloo")
+    rank, store = torch.distributed.get_rank(), distributed_c10d._get_default_store()
+    if rank == 1:
+        with pytest.raises(CheckpointError), telling_others():
+            raise CheckpointError("no such file")
+        assert store.check([FAILED])
+    while rank == 0 and not store.check(["moe_accel/met/0"]):
+        time.sleep(0.01)
+    meet()
+    torch.distributed.barrier()
+
+
+def test_a_rank_that_failed_and_went_on_without_stops_nobody():
+    run_ranks(fail_and_go_on, 2)
 
 
 def test_files_deleted_after_from_pretrained_are_read_all_the_same(folder, tmp_path):
