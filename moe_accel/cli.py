@@ -118,7 +118,7 @@ def convert(
     to: Annotated[Layout, typer.Option("--to", help="Layout of the experts.", show_default=False)],
     family: Family = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, or refused.")] = False,
     as_json: Json = False,
     verify: Annotated[Verify, typer.Option(help="What to read back and compare with the source.")] = Verify.full,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that lies in DST.")] = False,
@@ -174,7 +174,7 @@ def merge(
     to: Annotated[Layout | None, typer.Option("--to", help="Layout of the experts. Default: as the base is.")] = None,
     family: Family = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, or refused.")] = False,
     as_json: Json = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that lies in OUT.")] = False,
     threads: Annotated[int | None, typer.Option(help="Default: one a core, at most 4.", min=1)] = None,
@@ -184,7 +184,8 @@ def merge(
     """Add a LoRA adapter to its base model, in fp32, and say how much of it survives rounding.
 
     Adapter and base may have any layouts: experts are matched by layer, number and role. Memory stays small whatever
-    the model. A factor that finds no weight is an error.
+    the model. A factor that finds no weight is an error. Interrupted or killed, the same command goes on
+    from the files that are whole.
 
     [bold]Examples[/bold]
 

@@ -1,10 +1,23 @@
 """What the ranks of a job say to each other, and to people."""
 
+import itertools
+import json
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from moe_accel.errors import CheckpointError
+
+PATIENCE_S = 600.0
+"""How long ranks look out for each other before they wait as torch does, until its timeout."""
+FAILED = "moe_accel/failed"
+_meetings = itertools.count()
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
@@ -12,6 +25,53 @@ def gather(value: Any, group: Any = None) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
+
+
+@contextmanager
+def telling_others() -> Iterator[None]:
+    """Leave word of an error that ends the block, for the other ranks to find in `meet`.
+
+    No collective call: a rank may be the only one to come here.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _are_several():
+            message = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            word = {"rank": dist.get_rank(), "message": message, "hint": getattr(error, "hint", None)}
+            with suppress(Exception):  # the error itself is what counts
+                distributed_c10d._get_default_store().set(FAILED, json.dumps(word))
+        raise
+
+
+def meet() -> None:
+    """Wait until all ranks are here, or one has left word that it will not come. A collective call.
+
+    Raises:
+        CheckpointError: with the message of a rank that failed.
+    """
+    number = next(_meetings)
+    if not _are_several():
+        return
+    store, here, pause_s = distributed_c10d._get_default_store(), f"moe_accel/met/{number}", 0.001
+    if (word := _word(store)) is not None and word["rank"] == dist.get_rank():
+        store.delete_key(FAILED)  # the script went on without
+    missing, until = store.add(here, 1) < dist.get_world_size(), time.monotonic() + PATIENCE_S
+    while missing and time.monotonic() < until:
+        if (word := _word(store)) is not None:
+            raise CheckpointError(f"rank {word['rank']}: {word['message']}", word["hint"])
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.5)
+        missing = store.add(here, 0) < dist.get_world_size()
+
+
+def _word(store: Any) -> dict[str, Any] | None:
+    """What a rank that failed has said."""
+    return json.loads(store.get(FAILED)) if store.check([FAILED]) else None
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def tell(message: str) -> None:

@@ -1,6 +1,5 @@
 """What `moe-accel convert` and `inspect` print of an adapter: results on stdout, complaints on stderr."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from moe_accel.adapters.run import Done, Request, convert_adapter, describe, rea
 from moe_accel.adapters.source import Adapter
 from moe_accel.adapters.verify import compare_adapters
 from moe_accel.convert.commands import (
-    EXIT_INTERRUPTED,
     check_failed,
+    describe_kept,
     format_size,
+    interrupted,
     print_comparison,
     print_json,
     print_table,
@@ -135,6 +135,7 @@ def merge(adapter: Path, base: Path, target: Path, options: merging.Options, dry
     job = merging.prepare(adapter, base, target, options)
     totals = {"copy": job.num_bytes, "check": None}
     if dry_run:
+        merging.check_target(job)
         print_json(_job_record(job)) if as_json else _print_job(job, target, "would be written")
         return 0
     try:
@@ -143,15 +144,15 @@ def merge(adapter: Path, base: Path, target: Path, options: merging.Options, dry
     except MismatchError as error:
         return check_failed(error)
     except KeyboardInterrupt:
-        print("interrupted: there is no index; run the same command again", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return interrupted()
     if as_json:
         roles = {role: merging.record_of(found) for role, found in report.roles.items()}
         done = {"roles": roles, "total": merging.record_of(report.total), "seconds": round(report.seconds, 3)}
-        print_json(_job_record(job) | done)
+        print_json(_job_record(job) | done | {"written": report.written, "kept": report.kept})
         return 0
     _print_survival(report)
-    _print_job(job, target, f"written and read back in {report.seconds:.1f} s")
+    kept = describe_kept(report.kept)
+    _print_job(job, target, f"written and read back in {report.seconds:.1f} s{kept}")
     return 0
 
 

@@ -1,44 +1,41 @@
 """A LoRA adapter added to its base, file by file: what is not adapted is copied, the rest passes once through fp32.
 
 At most `threads` matrices are in memory, and the factors of a few layers. Files get their names when they are whole and
-read back, the index comes last, as in a conversion; a merge that was stopped begins again.
+read back, the index comes last, as in a conversion. Before a file gets its name, a note beside it says what was
+computed for it (digests, and what survived): a merge that was stopped goes on from there, and checks what it keeps.
 """
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.lib.stride_tricks import as_strided
-
 from moe_accel.adapters.dialect import NOTHING_SAID
 from moe_accel.adapters.dialect import Options as AdapterOptions
-from moe_accel.adapters.merge_plan import Item, MergePlan, plan_merge
-from moe_accel.adapters.numbers import Survival, add_delta, to_bits, to_floats
+from moe_accel.adapters.merge_blocks import Sources, blocks_of, merge_block
+from moe_accel.adapters.merge_plan import MergePlan, plan_merge
+from moe_accel.adapters.numbers import Survival
 from moe_accel.adapters.source import Adapter, open_adapter
-from moe_accel.convert.copy import UNSIGNED, Copier, Files, assign, read_place, write_all
-from moe_accel.convert.digest import digest, new_digest
-from moe_accel.convert.headers import DTYPE_BITS, read_header
+from moe_accel.convert.copy import Copier, Files
+from moe_accel.convert.digest import digest
+from moe_accel.convert.headers import parse_json, read_header
+from moe_accel.convert.job import is_whole
 from moe_accel.convert.layout import load_families
-from moe_accel.convert.lower import Place, batches, coalesce, lower_output, place
+from moe_accel.convert.lower import Place, batches, coalesce, lower_output
 from moe_accel.convert.regions import Output
-from moe_accel.convert.run import check_unchanged, locate
+from moe_accel.convert.run import check_unchanged, checking_kept, locate, plan_id
 from moe_accel.convert.shards import INDEX, Shard, make_index, pack
 from moe_accel.convert.source import MANIFEST, Checkpoint, open_checkpoint
 from moe_accel.convert.target import Target, refuse_overlap, writing
-from moe_accel.convert.verify import Checker, MismatchError
+from moe_accel.convert.verify import Checker, MismatchError, copy_bytes
 from moe_accel.convert.work import BATCH_BYTES, Progress, default_threads, in_batches, run_all, silent, workers
 from moe_accel.errors import CheckpointError
-from moe_accel.version import VERSION
 
-CHUNK_ELEMENTS = 16 << 20
-"""Elements of a matrix outside of the experts that are merged at a time: an embedding is taken in pieces."""
 SCHEMA = 1
 
 
@@ -74,9 +71,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done. `roles`: how much of the adapter survived rounding, by role; `total`: of all."""
+    """What was done, and what an earlier run had done. `roles`: how much of the adapter survived rounding, by role.
+
+    `total`: of all.
+    """
 
     job: Job
+    written: tuple[str, ...]
+    kept: tuple[str, ...]
     roles: dict[str, Survival]
     total: Survival
     seconds: float
@@ -96,50 +98,107 @@ def prepare(adapter: Path, base: Path, target: Path, options: Options) -> Job:
     if tokenizer:
         plan.notes.append(f"{', '.join(tokenizer)} beside the adapter not taken: all other files are the base's")
     shards = pack(plan.plan.outputs, options.max_shard_bytes, checkpoint.metadata)
-    state = hashlib.sha256(f"merge {VERSION} {options}".encode())
-    checkpoint.identify(state)
+    same = plan_id(checkpoint, options.to, options.max_shard_bytes, options.family, shards)
+    state = hashlib.sha256(f"merge {same} {options.adapter}".encode())
     state.update(opened.header.raw + f"{opened.header.file_bytes} {opened.header.mtime_ns}".encode())
     state.update(json.dumps(opened.config.raw, sort_keys=True).encode())
     return Job(checkpoint, opened, target, options, plan, shards, state.hexdigest()[:16])
 
 
 def execute(job: Job, progress: Progress = silent) -> Report:
-    """Write the merged checkpoint.
+    """Write the merged checkpoint. After an error or a kill, the same job goes on from the files that are whole.
 
     Raises:
-        CheckpointError: the target cannot be written, a source changed meanwhile, a merged value is not finite, or the
-            whole adapter was lost to rounding; then nothing is published that could be taken for the result.
+        CheckpointError: the target cannot be written, or a merged value is not finite; or a source changed meanwhile,
+            or the whole adapter was lost to rounding: then no file of weights stays.
         MismatchError: what is read back is not what was written.
     """
     start = time.perf_counter()
     target, checkpoint = Target(job.target, job.plan_id), job.checkpoint
     target.lock()
     try:
-        sizes = {shard.name: shard.file_bytes for shard in job.shards}
-        index = make_index(job.shards, checkpoint.index_metadata) if len(job.shards) > 1 else None
-        sizes |= {name: checkpoint.other(name).stat().st_size for name in checkpoint.others}
-        target.claim(sizes | ({INDEX: len(index)} if index else {}), job.options.overwrite)
+        target.claim(_sizes(job), job.options.overwrite)
         for name in checkpoint.others:
             target.copy_in(checkpoint.other(name), name)
+        kept, done = _write(job, target, progress)
         try:
-            matrices = _write(job, target, progress)
-            roles, total = _sum(job, matrices)
-            check_unchanged(checkpoint)
-        except BaseException:
+            roles, total = _sum(job, done)
+            check_unchanged([*checkpoint.headers.values(), job.adapter.header])
+        except CheckpointError:
             for shard in job.shards:
-                for file in (target.temporary(shard.name), job.target / shard.name):
-                    file.unlink(missing_ok=True)
+                (job.target / shard.name).unlink(missing_ok=True)
             raise
-        target.write(MANIFEST, _manifest(job, roles, total))
-        if index:
+        target.write(MANIFEST, _manifest(job, roles, total, done))
+        if index := _index(job):
             target.write(INDEX, index)
+        target.remove_temporaries()
     finally:
         target.unlock()
-    return Report(job, roles, total, time.perf_counter() - start)
+    written = tuple(shard.name for shard in job.shards if shard.name not in kept)
+    return Report(job, written, tuple(kept), roles, total, time.perf_counter() - start)
 
 
-def _sum(job: Job, matrices: dict[str, tuple[str, Survival]]) -> tuple[dict[str, Survival], Survival]:
+def check_target(job: Job) -> None:
+    """Refuse what `execute` would refuse before it writes, and change nothing: for a dry run.
+
+    Raises:
+        CheckpointError: as `execute` does.
+    """
+    Target(job.target, job.plan_id).check(_sizes(job), job.options.overwrite)
+
+
+def _sizes(job: Job) -> dict[str, int]:
+    """Every file but the manifest and its bytes."""
+    checkpoint, index = job.checkpoint, _index(job)
+    sizes = {shard.name: shard.file_bytes for shard in job.shards}
+    sizes |= {name: checkpoint.other(name).stat().st_size for name in checkpoint.others}
+    return sizes | ({INDEX: len(index)} if index else {})
+
+
+def _index(job: Job) -> bytes | None:
+    return make_index(job.shards, job.checkpoint.index_metadata) if len(job.shards) > 1 else None
+
+
+@dataclass
+class _Done:
+    """What was computed for a file: first byte, number and digest of every block, and what survived by matrix."""
+
+    blocks: list[tuple[int, int, str]] = field(default_factory=list)
+    matrices: dict[str, tuple[str, Survival]] = field(default_factory=dict)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """For a note and the manifest."""
+        matrices = {name: [role, list(vars(found).values())] for name, (role, found) in self.matrices.items()}
+        return {"blocks": self.blocks, "matrices": matrices}
+
+    @staticmethod
+    def of(record: dict[str, Any]) -> "_Done":
+        """The other way."""
+        blocks = [(int(at), int(size), str(found)) for at, size, found in record["blocks"]]
+        return _Done(blocks, {name: (role, Survival(*sums)) for name, (role, sums) in record["matrices"].items()})
+
+
+def _known(job: Job, target: Target, shard: Shard) -> _Done | None:
+    """What an earlier run of the same plan computed for a file that is whole; None where it has to be written."""
+    if not is_whole(job.target / shard.name, shard):
+        return None
+    note, manifest = target.temporary(_note_of(shard)), job.target / MANIFEST
+    with suppress(CheckpointError, OSError, LookupError, TypeError, ValueError):
+        if note.exists():
+            return _Done.of(parse_json(note, note.read_bytes(), "the note"))
+        found = parse_json(manifest, manifest.read_bytes(), "the manifest")
+        return _Done.of(found["written"][shard.name]) if found["plan_id"] == job.plan_id else None
+    return None
+
+
+def _note_of(shard: Shard) -> str:
+    return f"{shard.name}.merged"
+
+
+def _sum(job: Job, done: dict[str, _Done]) -> tuple[dict[str, Survival], Survival]:
     """By role and of all; every planned matrix must have been merged."""
+    matrices = {name: found for each in done.values() for name, found in each.matrices.items()}
     if len(matrices) != job.plan.num_factors:
         raise CheckpointError(f"{job.plan.num_factors} matrices are adapted, {len(matrices)} were merged")
     roles, total = dict[str, Survival](), Survival()
@@ -157,7 +216,7 @@ def record_of(found: Survival) -> dict[str, Any]:
     return {**vars(found), "gain": found.gain, "changed": found.changed}
 
 
-def _manifest(job: Job, roles: dict[str, Survival], total: Survival) -> bytes:
+def _manifest(job: Job, roles: dict[str, Survival], total: Survival, done: dict[str, _Done]) -> bytes:
     record = {
         "schema": SCHEMA,
         "plan_id": job.plan_id,
@@ -169,147 +228,83 @@ def _manifest(job: Job, roles: dict[str, Survival], total: Survival) -> bytes:
             "roles": {role: record_of(found) for role, found in roles.items()},
             "total": record_of(total),
         },
+        "written": {name: each.record for name, each in done.items()},
     }
     return (json.dumps(record, indent=1) + "\n").encode()
 
 
-def _write(job: Job, target: Target, progress: Progress) -> dict[str, tuple[str, Survival]]:
-    """Every file; returns what survived by matrix."""
+def _write(job: Job, target: Target, progress: Progress) -> tuple[list[str], dict[str, _Done]]:
+    """Every file that is not there; returns the names of those that were, and what was computed for each."""
     files = Files()
     checker = Checker(files, job.checkpoint, partial(progress, "check"))
     copier = Copier(files, partial(progress, "copy"))
-    matrices: dict[str, tuple[str, Survival]] = {}
+    kept, done = list[str](), dict[str, _Done]()
     with workers(job.options.threads, files) as pool:
         for shard in job.shards:
-            temporary = target.create(shard.name, shard.header, shard.file_bytes)
-            copied = [each for each in shard.outputs if each.name not in {*job.plan.merged, *job.plan.replaced}]
-            where = partial(locate, job.checkpoint)
-            operations = coalesce(
-                op
-                for each in copied
-                for op in lower_output(each, shard.starts[each.name], job.checkpoint.tensors, where)
-            )
-            blocks = [block for each in shard.outputs for block in _blocks(job, each)]
-            with writing(temporary), target.sync_meanwhile(shard.name):
-                tasks = [partial(copier.execute, each, temporary) for each in batches(operations, BATCH_BYTES)]
-                run_all(pool, files, tasks)
-                merging = (partial(_merge_block, job, files, block, temporary, shard, progress) for block in blocks)
-                written = run_all(pool, files, merging)
-            target.sync(shard.name)
-            copies = [copy for each in copied for copy in each.copies]
-            lists = in_batches(copies, lambda copy: copy.target.rows * copy.target.cols * 2)
-            run_all(pool, files, (partial(checker.check, each, temporary, shard) for each in lists))
-            run_all(pool, files, (partial(_check_block, files, temporary, *each[:2], progress) for each in written))
-            for _, _, found in written:
-                for name, role, survival in found:
-                    matrices.setdefault(name, (role, Survival()))[1].add(survival)
-            if read_header(temporary).raw != shard.header:
-                raise CheckpointError(f"{temporary} does not have the header that was written to it")
-            files.close(temporary)
-            target.publish(shard.name)
-    return matrices
+            file, found = job.target / shard.name, _known(job, target, shard)
+            if found is not None:
+                with checking_kept(file):
+                    _check(job, pool, checker, shard, found, file)
+                progress("copy", shard.file_bytes - len(shard.header))
+                kept.append(shard.name)
+            else:
+                try:
+                    found = _write_shard(job, pool, copier, checker, target, shard, progress)
+                except BaseException:
+                    with suppress(OSError):
+                        target.temporary(shard.name).unlink()
+                    raise
+            done[shard.name] = found
+    return kept, done
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A contiguous part of an output that is computed at once: the matrices of one expert, or rows of one matrix."""
-
-    output: Output
-    start: int
-    size: int
-    items: tuple[Item, ...]
-    rows: tuple[int, int] | None = None
-    replaced: str | None = None
+def _copied(job: Job, shard: Shard) -> list[Output]:
+    return [each for each in shard.outputs if each.name not in {*job.plan.merged, *job.plan.replaced}]
 
 
-def _blocks(job: Job, output: Output) -> Iterator[_Block]:
-    name = output.name
-    if name in job.plan.replaced:
-        size = int(np.prod(output.shape))
-        items = tuple(job.plan.merged.get(name, ()))
-        yield _Block(output, 0, size, items, replaced=job.plan.replaced[name])
-        return
-    by_expert: dict[int, list[Item]] = {}
-    for item in job.plan.merged.get(name, ()):
-        by_expert.setdefault(item.expert, []).append(item)
-    for items in by_expert.values():
-        target = items[0].target
-        start, size = min(item.target.offset for item in items), sum(i.target.rows * i.target.cols for i in items)
-        if len(items) == 1 and target.row_stride == target.cols and size > CHUNK_ELEMENTS:
-            step = max(1, CHUNK_ELEMENTS // target.cols)
-            for low in range(0, target.rows, step):
-                high = min(low + step, target.rows)
-                yield _Block(output, start + low * target.cols, (high - low) * target.cols, tuple(items), (low, high))
-            continue
-        last = max(
-            i.target.offset + (i.target.rows - 1) * i.target.row_stride + (i.target.cols - 1) * i.target.col_stride
-            for i in items
-        )
-        if last - start + 1 != size:
-            raise CheckpointError(f"{name}: the matrices of expert {items[0].expert} do not lie together")
-        yield _Block(output, start, size, tuple(items))
+def _write_shard(
+    job: Job,
+    pool: ThreadPoolExecutor,
+    copier: Copier,
+    checker: Checker,
+    target: Target,
+    shard: Shard,
+    progress: Progress,
+) -> _Done:
+    """Write, check and publish one file."""
+    files, tensors, where = copier.files, job.checkpoint.tensors, partial(locate, job.checkpoint)
+    temporary = target.create(shard.name, shard.header, shard.file_bytes)
+    lowered = (lower_output(each, shard.starts[each.name], tensors, where) for each in _copied(job, shard))
+    operations = coalesce(op for of in lowered for op in of)
+    blocks = [block for each in shard.outputs for block in blocks_of(job.plan, each)]
+    with writing(temporary), target.sync_meanwhile(shard.name):
+        run_all(pool, files, [partial(copier.execute, each, temporary) for each in batches(operations, BATCH_BYTES)])
+        sources = Sources(job.checkpoint, job.adapter)
+        merging = (partial(merge_block, sources, files, block, temporary, shard, progress) for block in blocks)
+        merged = run_all(pool, files, merging)
+    target.sync(shard.name)
+    done = _Done([block for block, _ in merged])
+    for name, role, survival in (each for _, found in merged for each in found):
+        done.matrices.setdefault(name, (role, Survival()))[1].add(survival)
+    _check(job, pool, checker, shard, done, temporary)
+    if read_header(temporary).raw != shard.header:
+        raise CheckpointError(f"{temporary} does not have the header that was written to it")
+    target.note(_note_of(shard), json.dumps(done.record).encode())
+    target.publish(shard.name)
+    return done
 
 
-Found = list[tuple[str, str, Survival]]
+def _check(job: Job, pool: ThreadPoolExecutor, checker: Checker, shard: Shard, done: _Done, file: Path) -> None:
+    """Compare a file with the base where it is a copy, and elsewhere with what was computed."""
+    copies = [copy for each in _copied(job, shard) for copy in each.copies]
+    lists = in_batches(copies, copy_bytes)
+    run_all(pool, checker.files, (partial(checker.check, each, file, shard) for each in lists))
+    run_all(pool, checker.files, (partial(_check_block, checker, file, *block) for block in done.blocks))
+    checker.files.close(file)
 
 
-def _merge_block(
-    job: Job, files: Files, block: _Block, temporary: Path, shard: Shard, progress: Progress
-) -> tuple[Place, str, Found]:
-    """Compute and write a block; returns where it lies, its digest, and what survived by matrix."""
-    output, found = block.output, Found()
-    item_bytes = DTYPE_BITS[output.dtype] // 8
-    data = np.empty(block.size, UNSIGNED[item_bytes])
-    saved = _replacement(job, block) if block.replaced else None
-    if saved is not None and not block.items:
-        data[...] = saved.reshape(-1)
-    for item in block.items:
-        low, high = block.rows or (0, item.target.rows)
-        source = job.checkpoint.tensors[item.source.tensor]
-        lies = place(item.source, source, *locate(job.checkpoint, source.name))
-        weight = saved if saved is not None else read_place(files, lies, low, high)
-        into = as_strided(
-            data[item.target.offset + low * item.target.row_stride - block.start :],
-            (high - low, item.target.cols),
-            (item.target.row_stride * item_bytes, item.target.col_stride * item_bytes),
-        )
-        if item.addition is None:
-            assign(into, weight)
-            continue
-        add = item.addition
-        a, b = add.factors()
-        merged, survival = add_delta(weight, output.dtype, a, b[low:high], add.scaling, add.name)
-        assign(into, merged)
-        found.append((add.name, add.role, survival))
-    at = shard.starts[output.name] + block.start * item_bytes
-    view = data.data.cast("B")
-    state = new_digest()
-    state.update(view)
-    fd = os.open(temporary, os.O_WRONLY | getattr(os, "O_BINARY", 0))
-    try:
-        write_all(fd, view, at)
-    finally:
-        os.close(fd)
-    progress("copy", len(view))
-    return Place(temporary, at, 1, len(view), len(view), 1, 1), state.hexdigest(), found
-
-
-def _replacement(job: Job, block: _Block) -> np.ndarray[Any, Any]:
-    """A whole tensor of the adapter, in the base's dtype."""
-    assert block.replaced is not None
-    mine, bits = job.adapter.tensors[block.replaced], job.adapter.read(block.replaced)
-    if mine.dtype == block.output.dtype:
-        return bits
-    values = to_floats(bits, mine.dtype)
-    result = to_bits(values, block.output.dtype)
-    if not np.isfinite(to_floats(result, block.output.dtype)).all():
-        raise CheckpointError(f"{mine.name} has values that are not finite in {block.output.dtype}")
-    return result
-
-
-def _check_block(files: Files, temporary: Path, lies: Place, written: str, progress: Callable[..., None]) -> None:
-    if digest(files, lies, partial(progress, "check")) != written:
+def _check_block(checker: Checker, file: Path, at: int, num_bytes: int, written: str) -> None:
+    if digest(checker.files, Place(file, at, 1, num_bytes, num_bytes, 1, 1), checker.read) != written:
         raise MismatchError(
-            f"{temporary}: {lies.num_bytes} bytes at {lies.at} are not what was written",
-            "the disk or the memory is at fault",
+            f"{file}: {num_bytes} bytes at {at} are not what was written", "the disk or the memory is at fault"
         )

@@ -61,8 +61,7 @@ def convert_adapter(source: Path, target: Path, request: Request) -> Done:
     _consumed_once(adapter, found)
     config = rewrite(adapter.config, request.to, done.modules, found.others, notes)
     size = sum(num_bytes(each.dtype, each.shape) for each in done.tensors)
-    if not request.dry_run:
-        write_adapter(adapter, target, done.tensors, config, request.overwrite)
+    write_adapter(adapter, target, done.tensors, config, request.overwrite, request.dry_run)
     lora = set(others_of(found.others))
     if model.model_type:
         notes.insert(0, f"{model.model_type}, says {model.source}")

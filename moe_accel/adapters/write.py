@@ -24,9 +24,17 @@ from moe_accel.version import VERSION
 
 
 def write_adapter(
-    adapter: Adapter, folder: Path, tensors: Iterable[Written], config: Mapping[str, Any], overwrite: bool
+    adapter: Adapter,
+    folder: Path,
+    tensors: Iterable[Written],
+    config: Mapping[str, Any],
+    overwrite: bool,
+    dry_run: bool = False,
 ) -> int:
-    """Write an adapter directory; its config comes last. Returns the bytes of its weights.
+    """Write an adapter directory, or only look whether it could be; its config comes last.
+
+    Returns:
+        The bytes of its weights.
 
     Raises:
         CheckpointError: the directory cannot be written, or is not empty.
@@ -41,10 +49,14 @@ def write_adapter(
     state = hashlib.sha256(VERSION.encode() + header + text + adapter.header.raw)
     state.update(f"{adapter.header.file_bytes} {adapter.header.mtime_ns}".encode())
     target = Target(folder, state.hexdigest()[:16])
+    names = {name: (adapter.folder / name).stat().st_size for name in adapter.others}
+    names |= {WEIGHTS: size, CONFIG: len(text)}
+    if dry_run:
+        target.check(names, overwrite)
+        return size
     target.lock()
     try:
-        names = {name: (adapter.folder / name).stat().st_size for name in adapter.others}
-        target.claim(names | {WEIGHTS: size, CONFIG: len(text)}, overwrite)
+        target.claim(names, overwrite)
         for name in adapter.others:
             target.copy_in(adapter.folder / name, name)
         temporary = target.create(WEIGHTS, header, size)
@@ -53,8 +65,7 @@ def write_adapter(
         _check(temporary, starts, shapes, digests)
         target.publish(WEIGHTS)
         target.write(CONFIG, text)
-        for left in folder.glob(f"*{temporary.name[len(WEIGHTS) :]}"):
-            left.unlink()
+        target.remove_temporaries()
     finally:
         target.unlock()
     return size

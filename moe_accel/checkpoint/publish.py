@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from moe_accel.convert.target import sync
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
 
@@ -31,11 +33,11 @@ def publish_weights(
     new_weights = {file for file, _ in files}
     for file in sorted(staging.iterdir()):
         if file not in new_weights:  # config.json and the like
-            _sync(file)
+            sync(file)
             os.replace(file, folder / file.name)
     if len(files) == 1:
         os.replace(files[0][0], folder / SINGLE)
-        _sync(folder)
+        sync(folder)
         keep = {SINGLE}
     else:
         names = _free_names(len(files), {file.name for file in old})
@@ -46,10 +48,10 @@ def publish_weights(
         index = staging / INDEX
         content = {"metadata": dict(metadata), "weight_map": weight_map}
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _sync(index)
-        _sync(folder)
+        sync(index)
+        sync(folder)
         os.replace(index, folder / INDEX)
-        _sync(folder)
+        sync(folder)
         keep = {INDEX, *names}
     for file in sorted(old, key=lambda file: file.name != SINGLE):  # the single file first: it hides the new index
         if file.name not in keep:
@@ -80,7 +82,7 @@ def place_folder(staging: Path, folder: Path) -> None:
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
     os.rename(staging, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     recover_folder(folder)
 
 
@@ -106,11 +108,3 @@ def staging_name(folder: Path) -> Path:
 def old_name(folder: Path) -> Path:
     """Where the folder from before is while it is replaced."""
     return folder.with_name(f".{folder.name}.old")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import core_model_loading
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -30,6 +31,10 @@ from moe_accel.checkpoint.load import default_conversions
 
 Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
+_convert_name: Any = getattr(core_model_loading, "apply_converters", None)
+_rename: Any = getattr(core_model_loading, "apply_renamings", None)
+"""Those of newer transformers, 5.24 among them, which rename what comes out of a conversion; 5.17 what goes into it."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -43,6 +48,7 @@ class Group:
         num_rows: first dimension of the sources, if any slice of it can be converted by itself; None if not.
         templates: names of one expert's weights with `{e}` for its number, where experts have weights of their own;
             empty where rows of the sources are rows of the targets.
+        renamings: transformers' reversed renamings that what is converted still has to go through.
     """
 
     key: str
@@ -51,12 +57,13 @@ class Group:
     targets: Shapes
     num_rows: int | None
     templates: tuple[str, ...]
+    renamings: tuple[Any, ...] = ()
 
     def convert(self, model: nn.Module, tensors: Mapping[str, Tensor], start: int = 0) -> dict[str, Tensor]:
         """Weights of the checkpoint from the sources, or from rows `start`... of them; tensors may share memory."""
         if self.transform is None:
             return {self.key: tensors[self.sources[0][0]]}
-        converted = _run(self.transform, self.key, self.sources, tensors, model)
+        converted = _run(self.transform, self.key, self.sources, tensors, model, self.renamings)
         if not self.templates:
             return converted
         num_rows = len(next(iter(tensors.values())))
@@ -86,10 +93,19 @@ def group_weights(model: nn.Module, shapes: Shapes, stacked: bool) -> list[Group
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     collected: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
     for name in sorted(metas, key=dot_natural_key):
-        key, pattern = rename_source_key(name, renamings, converters, reverse=True)
+        key, pattern = _key_of(name, renamings, converters)
         transform = None if pattern is None else by_pattern[pattern]
         collected.setdefault(key, (transform, []))[1].append((name, pattern or name))
-    return [_group(model, key, transform, sources, metas) for key, (transform, sources) in collected.items()]
+    after = () if _rename is None else tuple(renamings)
+    return [_group(model, key, transform, sources, metas, after) for key, (transform, sources) in collected.items()]
+
+
+def _key_of(name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+    """The name that a weight's conversion goes by, and the pattern that it matched; without one, its new name."""
+    if _rename is None:
+        return rename_source_key(name, renamings, converters, reverse=True)
+    key, pattern = _convert_name(name, converters)
+    return (_rename(name, renamings), None) if pattern is None else (key, pattern)
 
 
 def _renamed(name: str, key: str, meta: Tensor) -> Group:
@@ -97,22 +113,27 @@ def _renamed(name: str, key: str, meta: Tensor) -> Group:
 
 
 def _group(
-    model: nn.Module, key: str, transform: Any, sources: list[tuple[str, str]], metas: dict[str, Tensor]
+    model: nn.Module,
+    key: str,
+    transform: Any,
+    sources: list[tuple[str, str]],
+    metas: dict[str, Tensor],
+    renamings: tuple[Any, ...],
 ) -> Group:
     inputs = {name: metas[name] for name, _ in sources}
     if transform is None:
         return _renamed(sources[0][0], key, inputs[sources[0][0]])
-    outputs = _run(transform, key, sources, inputs, model)
+    outputs = _run(transform, key, sources, inputs, model, renamings)
     if len(outputs) == len(inputs) == 1 and next(iter(outputs.values())) is next(iter(inputs.values())):
         return _renamed(sources[0][0], next(iter(outputs)), next(iter(inputs.values())))  # nothing was converted
     targets = {name: (tensor.shape, tensor.dtype) for name, tensor in outputs.items()}
     num_rows = _num_rows(transform, list(inputs.values()))
     templates: tuple[str, ...] = ()
     if num_rows is not None and any(isinstance(each, SplitModulelist) for each in transform.operations):
-        first = _run(transform, key, sources, {name: meta[:1] for name, meta in inputs.items()}, model)
+        first = _run(transform, key, sources, {name: meta[:1] for name, meta in inputs.items()}, model, renamings)
         templates = _templates(first, targets, num_rows)
         num_rows = num_rows if templates else None
-    return Group(key, transform, tuple(sources), targets, num_rows, templates)
+    return Group(key, transform, tuple(sources), targets, num_rows, templates, renamings)
 
 
 def _num_rows(transform: Any, inputs: list[Tensor]) -> int | None:
@@ -145,9 +166,17 @@ def _templates(first: Mapping[str, Tensor], targets: Shapes, num_rows: int) -> t
     return tuple(templates) if names == targets.keys() else ()
 
 
-def _run(transform: Any, key: str, sources: Any, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _run(
+    transform: Any,
+    key: str,
+    sources: Any,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    renamings: tuple[Any, ...],
+) -> dict[str, Tensor]:
     transform = deepcopy(transform)
     for name, pattern in sources:
         transform.add_tensor(key, name, pattern, tensors[name])
     converted = transform.convert(key, model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+    names = {name: _rename(name, renamings) if renamings else name for name in converted}
+    return {names[name]: value[0] if isinstance(value, list) else value for name, value in converted.items()}

@@ -27,6 +27,7 @@ def convert(source: Path, target: Path, options: run.Options, dry_run: bool, as_
         stored = "; ".join(f"{count} weights {scheme}" for scheme, count in lossy.schemes.items())
         print(f"lossy: --dequantize bf16 rounds value x scale to bf16 ({stored}); scales are dropped", file=sys.stderr)
     if dry_run:
+        run.check_target(job)
         print_json(_job_record(job)) if as_json else _print_job(job)
         return 0
     try:
@@ -37,15 +38,13 @@ def convert(source: Path, target: Path, options: run.Options, dry_run: bool, as_
     except MismatchError as error:
         return check_failed(error)
     except KeyboardInterrupt:
-        print("interrupted: no unfinished file has its final name, and there is no index", file=sys.stderr)
-        print("hint: run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return interrupted()
     if as_json:
         done = {"seconds": round(report.seconds, 3), "written": report.written, "kept": report.kept}
         print_json(_job_record(job) | done | {"digests": report.num_digests})
         return 0
     _print_job(job)
-    kept = f", {len(report.kept)} of them whole from an earlier run" if report.kept else ""
+    kept = describe_kept(report.kept)
     checked = f"{report.num_digests} digests equal" if options.verify == "full" else f"checked: {options.verify}"
     rate = format_size(job.num_bytes / max(report.seconds, 1e-9))
     print(f"{target}: {len(job.shards)} files{kept}, {checked}, {report.seconds:.1f} s, {rate}/s")
@@ -82,6 +81,18 @@ def show(folder: Path, family: Path | None, as_json: bool) -> int:
     found = inspect(folder, family)
     print_json(_contents_record(found)) if as_json else _print_contents(found)
     return 0
+
+
+def describe_kept(kept: tuple[str, ...]) -> str:
+    """Goes behind the number of files."""
+    return f", {len(kept)} of them whole from an earlier run" if kept else ""
+
+
+def interrupted() -> int:
+    """Say how to go on; returns the exit status."""
+    print("interrupted: no unfinished file has its final name, and there is no index", file=sys.stderr)
+    print("hint: run the same command again to go on", file=sys.stderr)
+    return EXIT_INTERRUPTED
 
 
 def check_failed(error: MismatchError) -> int:

@@ -28,7 +28,7 @@ from moe_accel.convert.lower import place
 from moe_accel.convert.quantized import Quantized, find_quantized, without_quantization
 from moe_accel.convert.regions import Tensor, whole
 from moe_accel.convert.source import Checkpoint
-from moe_accel.convert.target import Target, writing
+from moe_accel.convert.target import Target, check_writable, nearest, writing
 from moe_accel.convert.verify import MismatchError
 from moe_accel.convert.work import Progress, run_all, workers
 from moe_accel.errors import CheckpointError, ConfigError
@@ -108,14 +108,30 @@ class Dequantization:
         """Remove the bf16 files."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _make_folder(self, then_bytes: int) -> None:
+    def check_space(self, then_bytes: int) -> None:
+        """Refuse what `write` would refuse before it writes, and change nothing: for a dry run.
+
+        Raises:
+            CheckpointError: as `write` does.
+        """
+        check_writable(self.folder)
+        self._check_space(then_bytes, sum(_used(other) for other in self._of_other_commands()))
+
+    def _of_other_commands(self) -> list[Path]:
         stem = self.folder.name.rpartition("-")[0]
-        for other in self.folder.parent.iterdir():
-            if other.name.startswith(stem + "-") and other != self.folder:
-                shutil.rmtree(other, ignore_errors=True)
+        beside = self.folder.parent.iterdir() if self.folder.parent.exists() else ()
+        return [other for other in beside if other.name.startswith(stem + "-") and other != self.folder]
+
+    def _make_folder(self, then_bytes: int) -> None:
+        for other in self._of_other_commands():
+            shutil.rmtree(other, ignore_errors=True)
         with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
+        self._check_space(then_bytes, 0)
+
+    def _check_space(self, then_bytes: int, freed_bytes: int) -> None:
+        with writing(self.folder):
+            free = shutil.disk_usage(nearest(self.folder)).free + freed_bytes
         needed = sum(each.file_bytes for each in self._headers().values() if not _is_whole(each))
         if free < needed + then_bytes:
             raise CheckpointError(
@@ -194,6 +210,10 @@ def plan_dequantization(source: Checkpoint, target: Path, dtype: str) -> Dequant
     rewritten = {"config.json": folder / "config.json"} if "config.json" in others else {}
     seen = replace(source, headers=headers, file_of=file_of, others=others, rewritten=rewritten)
     return Dequantization(source, seen, folder, files)
+
+
+def _used(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _key(name: str) -> str:

@@ -8,7 +8,7 @@ import gc
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -18,7 +18,7 @@ from pathlib import Path
 from moe_accel.convert.copy import Copier, Files, Stopped
 from moe_accel.convert.dequantize import plan_dequantization
 from moe_accel.convert.digest import new_digest
-from moe_accel.convert.headers import read_header
+from moe_accel.convert.headers import Header, read_header
 from moe_accel.convert.job import Job, Options, Report, check_finished, index, is_finished, is_whole, manifest
 from moe_accel.convert.layout import load_families
 from moe_accel.convert.lower import Operation, Run, batches, coalesce, lower_output
@@ -91,7 +91,7 @@ def make_job(
     """
     shards = pack(plan.outputs, options.max_shard_bytes, checkpoint.metadata)
     lowered = {shard.name: lower_shard(checkpoint, shard) for shard in shards}
-    name = plan_id(checkpoint, options, shards)
+    name = plan_id(checkpoint, options.to, options.max_shard_bytes, options.family, shards)
     return Job(checkpoint, target, options, plan, shards, lowered, find_parts, name)
 
 
@@ -107,12 +107,14 @@ def lower_shard(checkpoint: Checkpoint, shard: Shard) -> list[Operation]:
     return coalesce(op for out in shard.outputs for op in lower_output(out, shard.starts[out.name], sources, where))
 
 
-def plan_id(checkpoint: Checkpoint, options: Options, shards: Iterable[Shard]) -> str:
+def plan_id(
+    checkpoint: Checkpoint, to: str | None, max_shard_bytes: int, family: Path | None, shards: Iterable[Shard]
+) -> str:
     """Equal for two runs that would write the same bytes from files that nobody touched in between."""
-    state = hashlib.sha256(f"{VERSION} {options.to} {options.max_shard_bytes}".encode())
+    state = hashlib.sha256(f"{VERSION} {to} {max_shard_bytes}".encode())
     checkpoint.identify(state)
-    if options.family is not None:
-        state.update(options.family.read_bytes())
+    if family is not None:
+        state.update(family.read_bytes())
     for shard in shards:
         state.update(shard.name.encode() + shard.header)
     return state.hexdigest()[:16]
@@ -129,27 +131,21 @@ def execute(job: Job, progress: Progress = silent) -> Report:
     target = Target(job.target, job.plan_id)
     target.lock()
     try:
-        names = {shard.name: shard.file_bytes for shard in job.shards}
-        checkpoint = job.checkpoint
-        names |= {name: _size(checkpoint.folder / name) for name in checkpoint.others}
-        last = index(job)
-        names |= {INDEX: len(last)} if last else {}
+        names, checkpoint, lossy = _sizes(job), job.checkpoint, job.dequantization
         target.claim(names, job.options.overwrite)
-        lossy = job.dequantization
         if lossy and is_finished(job):  # the bf16 files are gone: nothing else could be compared
             digests = check_finished(job, progress)
             lossy.remove()
             kept = tuple(shard.name for shard in job.shards)
             return Report(job, (), kept, len(digests), time.perf_counter() - start)
         if lossy:
-            then = sum(size for name, size in names.items() if not (job.target / name).exists())
-            lossy.write(job.options.threads, job.options.verify == "full", then, progress)
+            lossy.write(job.options.threads, job.options.verify == "full", _missing_bytes(job, names), progress)
         for name in checkpoint.others:
             target.copy_in(checkpoint.other(name), name)
         parts = job.find_parts() if job.options.verify == "full" else ([], [])
         kept, digests = _write_shards(job, target, parts, progress)
         target.write(MANIFEST, manifest(job, parts[1], digests))
-        if last:
+        if last := index(job):
             target.write(INDEX, last)
         if lossy:
             lossy.remove()
@@ -157,6 +153,30 @@ def execute(job: Job, progress: Progress = silent) -> Report:
         target.unlock()
     written = tuple(shard.name for shard in job.shards if shard.name not in kept)
     return Report(job, written, tuple(kept), len(digests), time.perf_counter() - start)
+
+
+def check_target(job: Job) -> None:
+    """Refuse what `execute` would refuse before it writes, and change nothing: for a dry run.
+
+    Raises:
+        CheckpointError: as `execute` does.
+    """
+    names, lossy = _sizes(job), job.dequantization
+    Target(job.target, job.plan_id).check(names, job.options.overwrite)
+    if lossy and not is_finished(job):
+        lossy.check_space(_missing_bytes(job, names))
+
+
+def _sizes(job: Job) -> dict[str, int]:
+    """Every file but the manifest and its bytes."""
+    last = index(job)
+    names = {shard.name: shard.file_bytes for shard in job.shards}
+    names |= {name: _size(job.checkpoint.folder / name) for name in job.checkpoint.others}
+    return names | ({INDEX: len(last)} if last else {})
+
+
+def _missing_bytes(job: Job, names: Mapping[str, int]) -> int:
+    return sum(size for name, size in names.items() if not (job.target / name).exists())
 
 
 def _size(file: Path) -> int:
@@ -210,8 +230,15 @@ def _check_kept(pool: ThreadPoolExecutor, checker: Checker, job: Job, shard: Sha
     if job.options.verify != "full":
         return
     file = job.target / shard.name
-    try:
+    with checking_kept(file):
         checker.check_copies(pool, file, shard)
+
+
+@contextmanager
+def checking_kept(file: Path) -> Iterator[None]:
+    """Say of a file of an earlier run that is not what was written what to do about it."""
+    try:
+        yield
     except MismatchError as error:
         hint = f"{file} was damaged after it was written: remove it and run the same command again"
         raise MismatchError(error.message, hint) from error
@@ -222,7 +249,7 @@ def _check_all(
 ) -> dict[Region, str]:
     """What can be said only when everything is written; if it is not as it should be, nothing stays published."""
     try:
-        check_unchanged(job.checkpoint)
+        check_unchanged(job.checkpoint.headers.values())
         if job.options.verify != "full":
             return {}
         digests = checker.all_digests(pool, job.target, job.shards, parts[1])
@@ -303,12 +330,14 @@ def _finish(
     unfinished.discard(shard.name)
 
 
-def check_unchanged(checkpoint: Checkpoint) -> None:
+def check_unchanged(headers: Iterable[Header]) -> None:
     """Refuse what was read from files that somebody wrote to meanwhile."""
-    for header in checkpoint.headers.values():
+    for header in headers:
         try:
             now = os.stat(header.file)
         except OSError as error:
             raise CheckpointError(f"{header.file} vanished while it was read: {error.strerror}") from error
         if (now.st_size, now.st_mtime_ns) != (header.file_bytes, header.mtime_ns):
-            raise CheckpointError(f"{header.file} changed while it was read", "convert again into an empty directory")
+            raise CheckpointError(
+                f"{header.file} changed while it was read", "run the same command into an empty directory"
+            )

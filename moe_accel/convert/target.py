@@ -71,11 +71,20 @@ class Target:
         Raises:
             CheckpointError: another process writes here, or the directory cannot be made.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is a file, and must be a directory, new or empty")
+        self._refuse_file()
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             fd = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self._take(fd)
+        self._lock_fd = fd
+
+    def _refuse_file(self) -> None:
+        with writing(self.folder):
+            if self.folder.exists() and not self.folder.is_dir():
+                raise CheckpointError(f"{self.folder} is a file, and must be a directory, new or empty")
+
+    def _take(self, fd: int) -> None:
+        """Lock an open lock file; close it where another process has the lock."""
         try:
             import fcntl
 
@@ -83,11 +92,9 @@ class Target:
         except ImportError:  # not on Windows
             pass
         except OSError as error:
-            os.close(fd)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # all else: this file system knows no locks
+                os.close(fd)
                 raise CheckpointError(f"another process is writing to {self.folder}", "wait for it to end") from None
-            return  # this file system knows no locks
-        self._lock_fd = fd
 
     def unlock(self) -> None:
         """Let others in."""
@@ -110,6 +117,33 @@ class Target:
         Raises:
             CheckpointError: there are files that this plan did not write, or not enough space for it.
         """
+        resumed, removed = self._look(sizes, overwrite)
+        with writing(self.folder):
+            for name in sorted(removed, key=lambda each: not each.endswith(INDEX_SUFFIX)):
+                (self.folder / name).unlink()
+            if not resumed:
+                marker = self.temporary(MANIFEST)
+                marker.touch()
+                sync(marker)
+                sync(self.folder)
+        return resumed
+
+    def check(self, sizes: Mapping[str, int], overwrite: bool) -> None:
+        """Refuse what `lock` and `claim` would refuse, and change nothing: for a dry run.
+
+        Raises:
+            CheckpointError: as they do.
+        """
+        self._refuse_file()
+        check_writable(self.folder)
+        with suppress(OSError):  # no lock file: nobody writes here
+            fd = os.open(self.folder / LOCK, os.O_RDWR)
+            self._take(fd)
+            os.close(fd)
+        self._look(sizes, overwrite)
+
+    def _look(self, sizes: Mapping[str, int], overwrite: bool) -> tuple[bool, list[str]]:
+        """Whether an earlier run of the same plan can be gone on from, and what has to go; or a refusal."""
         names = {*sizes, LOCK, MANIFEST}
         with writing(self.folder):
             every = [path for path in self.folder.rglob("*") if not path.is_dir()]
@@ -128,15 +162,7 @@ class Target:
         removed = [name for name in foreign if _is_checkpoint_part(name)]
         kept = [name for name in present if name in ours and TEMPORARY not in name]
         self._check_space(sum(size for name, size in sizes.items() if name not in kept), {*present} - {*kept, LOCK})
-        with writing(self.folder):
-            for name in sorted(removed, key=lambda each: not each.endswith(INDEX_SUFFIX)):
-                (self.folder / name).unlink()
-            if not resumed:
-                marker = self.temporary(MANIFEST)
-                marker.touch()
-                _sync(marker)
-                _sync(self.folder)
-        return resumed
+        return resumed, removed
 
     def _was_ours(self, present: list[str]) -> bool:
         if self.temporary(MANIFEST).name in present:
@@ -149,7 +175,7 @@ class Target:
     def _check_space(self, needed_bytes: int, reused: set[str]) -> None:
         with writing(self.folder):
             freed = sum((self.folder / name).stat().st_size for name in reused if _is_checkpoint_part(name))
-            free = shutil.disk_usage(self.folder).free + freed
+            free = shutil.disk_usage(nearest(self.folder)).free + freed
         if free < needed_bytes:
             raise CheckpointError(
                 f"{self.folder} needs {needed_bytes} bytes, its file system has {free} free: "
@@ -176,16 +202,21 @@ class Target:
     def sync(self, name: str) -> None:
         """Wait until the temporary file of `name` is on the disk."""
         with writing(self.temporary(name)):
-            _sync(self.temporary(name))
+            sync(self.temporary(name))
 
     def publish(self, name: str) -> None:
         """Give a temporary file, synced before, its final name."""
         with writing(self.folder / name):
             os.replace(self.temporary(name), self.folder / name)
-            _sync((self.folder / name).parent)
+            sync((self.folder / name).parent)
 
     def write(self, name: str, content: bytes) -> None:
         """Write and publish a small file."""
+        self.note(name, content)
+        self.publish(name)
+
+    def note(self, name: str, content: bytes) -> None:
+        """Write a small file under its temporary name, for whoever goes on from here."""
         temporary = self.temporary(name)
         with writing(self.folder / name, lambda: len(content)):
             temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +224,12 @@ class Target:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-        self.publish(name)
+
+    def remove_temporaries(self) -> None:
+        """Remove what this plan left under temporary names."""
+        with writing(self.folder):
+            for left in self.folder.glob(f"*{TEMPORARY}{self.plan_id}"):
+                left.unlink()
 
     def copy_in(self, file: Path, name: str) -> None:
         """Copy one of the other files, through a temporary name."""
@@ -206,7 +242,7 @@ class Target:
             temporary.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, temporary)
             os.chmod(temporary, 0o666 & ~_umask() | file.stat().st_mode & 0o111 & ~_umask())
-            _sync(temporary)
+            sync(temporary)
         self.publish(name)
 
 
@@ -246,13 +282,38 @@ def _is_checkpoint_part(name: str) -> bool:
     return "/" not in name and (name.endswith((".safetensors", INDEX_SUFFIX)) or name == MANIFEST or TEMPORARY in name)
 
 
+def nearest(folder: Path) -> Path:
+    """The directory itself, or the first one above it that is there."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a directory that cannot be made, or that takes no new files, without trying.
+
+    Raises:
+        CheckpointError: in the words of an attempt.
+    """
+    with writing(folder):
+        there, code = nearest(folder.absolute()), 0
+        if not there.is_dir():
+            code = errno.ENOTDIR
+        elif not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            read_only = hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY
+            code = errno.EROFS if read_only else errno.EACCES
+        if code:
+            raise OSError(code, os.strerror(code))
+
+
 def _umask() -> int:
     old = os.umask(0o077)
     os.umask(old)
     return old
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except PermissionError:

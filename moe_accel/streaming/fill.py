@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from tqdm import tqdm
 
 from moe_accel.errors import CheckpointError
-from moe_accel.ranks import gather
+from moe_accel.ranks import gather, meet
 from moe_accel.streaming.pending import Pending, become, materialise, pending_parameters
 from moe_accel.streaming.source import Job, Part, Source, fill, num_bytes_of, part_jobs, whole_jobs
 
@@ -35,7 +35,11 @@ def settle(model: nn.Module) -> bool:
 
     What a script has touched on one rank alone is read on all of them. Values that are no longer those of the
     checkpoint (edited, newly initialised, adapters) then come from rank 0.
+
+    Raises:
+        CheckpointError: on all ranks that came here, where one failed in `from_pretrained`, or cannot read a file.
     """
+    meet()
     names = [name for name, parameter in model.named_parameters() if isinstance(parameter, Pending)]
     if not _is_distributed():
         return bool(names)
@@ -123,8 +127,9 @@ def read_all_onto(models: list[nn.Module], device: torch.device) -> None:
     """Read every pending parameter of these models onto the device of each rank. A collective call.
 
     Raises:
-        CheckpointError: on all ranks, where one of them cannot read a file.
+        CheckpointError: on all ranks that came here, where one failed in `from_pretrained`, or cannot read a file.
     """
+    meet()
     agree_on_reading(lambda: [read_onto(model, device) for model in models])
 
 

@@ -18,7 +18,7 @@ from moe_accel.config import ENV_VAR
 from moe_accel.errors import CheckpointError
 from moe_accel.experts.find import has_experts
 from moe_accel.hooks import lazily, wrap
-from moe_accel.ranks import tell
+from moe_accel.ranks import tell, telling_others
 from moe_accel.streaming.pending import Pending, materialise, pending_parameters
 from moe_accel.streaming.source import Leaf, open_sources
 
@@ -82,16 +82,17 @@ def load(
     given = (model, state_dict, checkpoint_files, load_config)
     if not is_wanted() or expected_keys is not None or not has_experts(model):
         return original(*given, expected_keys)
-    reason = why_stock(*given)
-    if reason is None:
-        sources = open_sources(checkpoint_files)
-        check_index(sources, checkpoint_files, load_config.sharded_metadata)
-        loaded, reason = _traced(original, model, sources, load_config)
+    with telling_others():  # who fails here ends before prepare(), where the others would wait for it
+        reason = why_stock(*given)
         if reason is None:
-            _read_buffers(model)
-            return loaded
-    tell(f"{type(model).__name__} is loaded whole on every rank: {reason}")
-    return original(*given, expected_keys)
+            sources = open_sources(checkpoint_files)
+            check_index(sources, checkpoint_files, load_config.sharded_metadata)
+            loaded, reason = _traced(original, model, sources, load_config)
+            if reason is None:
+                _read_buffers(model)
+                return loaded
+        tell(f"{type(model).__name__} is loaded whole on every rank: {reason}")
+        return original(*given, expected_keys)
 
 
 def finalize(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:

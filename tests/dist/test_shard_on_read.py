@@ -6,12 +6,17 @@ import json
 import os
 import re
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
+from moe_accel.errors import CheckpointError
+from moe_accel.ranks import FAILED, meet, telling_others
 from tests.dist.ranks import run_alone, run_ranks, with_moe_config
 from tests.dist.test_resume import whole
 from tests.families import build_tiny, model_class, tiny_inputs, tiny_loss
@@ -34,7 +39,7 @@ FAMILIES = [
 ]
 
 
-def before_fork(families: list[str], **_: Any) -> None:
+def before_fork(families: Sequence[str] = (), **_: Any) -> None:
     for family in families:
         model_class(family)
 
@@ -217,6 +222,58 @@ def test_what_one_rank_cannot_read_ends_all_of_them(folder, tmp_path, environmen
     assert [rank[0] for rank in ranks] == ["CheckpointError", own]
     assert re.match(told.format(folder=re.escape(str(tmp_path))), ranks[0][1]), ranks[0][1]
     assert ranks[1][1] == ("none left" if damage == "no-memory" else ranks[0][1])
+
+
+def load_with_a_file_missing(families: list[str], folder: Path) -> tuple[str, str, str, float]:
+    """from_pretrained and prepare() on a rank; rank 1 lacks a file. The error, where it came from, and after how long.
+
+    Rank 0 loads another model by itself before: nobody waits for anybody then.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    if accelerator.is_main_process:
+        model_class(families[0]).from_pretrained(folder)
+    mine = shutil.copytree(folder, folder.with_name(f"rank-{accelerator.process_index}"))
+    if accelerator.process_index == 1:
+        min(mine.glob("*.safetensors")).unlink()
+    start, where = time.monotonic(), "from_pretrained"
+    try:
+        model = model_class(families[0]).from_pretrained(mine)
+        where = "prepare"
+        accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    except Exception as error:
+        return where, type(error).__name__, str(error), time.monotonic() - start
+    return "none", "", "", time.monotonic() - start
+
+
+@pytest.mark.parametrize("environment", [ON_FSDP2, pytest.param(ON_DDP, marks=pytest.mark.slow)], ids=["fsdp2", "ddp"])
+def test_a_file_that_one_rank_lacks_ends_all_of_them(folder, tmp_path, environment):
+    shutil.copytree(folder / FAMILIES[0] / "hub", tmp_path / "hub")
+    how = {"families": FAMILIES[:1], "folder": tmp_path / "hub", "timeout_s": 100}
+    others, own = run_ranks(load_with_a_file_missing, 2, environment, **how)
+    assert own[:2] == ("from_pretrained", "CheckpointError")
+    assert re.match(rf"{re.escape(str(tmp_path))}/rank-1/model-\S+ ", own[2])
+    assert others[:3] == ("prepare", "CheckpointError", f"rank 1: {own[2]}")
+    assert others[3] < 60
+
+
+def fail_and_go_on() -> None:
+    """Rank 1 fails and comes to the meeting all the same, before rank 0."""
+    torch.distributed.init_process_group("gloo")
+    rank, store = torch.distributed.get_rank(), distributed_c10d._get_default_store()
+    if rank == 1:
+        with pytest.raises(CheckpointError), telling_others():
+            raise CheckpointError("no such file")
+        assert store.check([FAILED])
+    while rank == 0 and not store.check(["moe_accel/met/0"]):
+        time.sleep(0.01)
+    meet()
+    torch.distributed.barrier()
+
+
+def test_a_rank_that_failed_and_went_on_without_stops_nobody():
+    run_ranks(fail_and_go_on, 2)
 
 
 def test_files_deleted_after_from_pretrained_are_read_all_the_same(folder, tmp_path):

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -138,7 +140,7 @@ def at_call(number: int, act: Callable[[], None]) -> Iterator[list[int]]:
             setattr(os, name, function)
 
 
-def killed_at(number: int, job: Job) -> int:
+def killed_at(number: int, job: Any, execute: Callable = execute) -> int:
     """Run `job` in a process that dies by SIGKILL at a call; returns the signal it died of, 0 for none."""
     child = os.fork()
     if child == 0:
@@ -148,6 +150,32 @@ def killed_at(number: int, job: Job) -> int:
         finally:
             os._exit(0)
     return os.waitpid(child, 0)[1] & 0x7F
+
+
+def kill_and_resume(
+    make_job: Callable[[Path], Any],
+    tmp_path: Path,
+    reference: dict[str, bytes],
+    points: int,
+    seed: int,
+    execute: Callable = execute,
+) -> None:
+    """Kill a job at random points: what is published is finished, and the same job then makes the same directory."""
+    with at_call(0, lambda: None) as count:
+        execute(make_job(tmp_path / "counted"))
+    chooser = random.Random(seed)
+    for number in chooser.sample(range(1, count[0] - 10), points):
+        target = tmp_path / f"killed-{number}"
+        assert killed_at(number, make_job(target), execute) == signal.SIGKILL
+        check_nothing_unfinished_is_published(target, reference)
+        if number % 3 == 0:  # and once more while it recovers
+            killed_at(chooser.randrange(1, number), make_job(target), execute)
+            check_nothing_unfinished_is_published(target, reference)
+        whole = len(list(target.glob("*.safetensors")))
+        report = execute(make_job(target))
+        assert len(report.kept) == whole
+        assert contents(target) == reference
+        shutil.rmtree(target)
 
 
 def check_nothing_unfinished_is_published(folder: Path, reference: dict[str, bytes]) -> None:

@@ -100,6 +100,20 @@ def test_an_error_that_is_not_the_users_keeps_its_traceback(monkeypatch):
         cli.main()
 
 
+@pytest.mark.parametrize("imported", ["moe_accel.cli", "typer"])
+def test_ctrl_c_during_the_first_imports_is_quiet(imported):
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        if name == {imported!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt)\n"
+        "from moe_accel.__main__ import main; main()"
+    )
+    done = run(sys.executable, "-c", code, "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["doctor", "--help"]], ids=" ".join)
 def test_a_full_disk_behind_stdout_is_said_in_a_line(arguments):

@@ -3,12 +3,10 @@
 import errno
 import json
 import os
-import random
-import shutil
 import signal
 import threading
 import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from moe_accel.convert import commands, run
 from moe_accel.convert.headers import read_header
 from moe_accel.convert.run import execute
 from moe_accel.convert.source import open_checkpoint
-from moe_accel.convert.target import _sync, _syncing
+from moe_accel.convert.target import _syncing, sync
 from moe_accel.convert.verify import MismatchError
 from moe_accel.errors import CheckpointError
 from tests.unit.convert_job import (
@@ -27,7 +25,7 @@ from tests.unit.convert_job import (
     check_nothing_unfinished_is_published,
     contents,
     job_of,
-    killed_at,
+    kill_and_resume,
     tensor_of,
 )
 
@@ -84,31 +82,13 @@ def test_safetensors_reads_what_was_written_and_writes_the_same_bytes(source, tm
 # ---- killed at any point
 
 
-def kill_and_resume(source: Path, tmp_path: Path, reference: dict[str, bytes], points: int, seed: int) -> None:
-    with at_call(0, lambda: None) as count:
-        execute(job_of(source, tmp_path / "counted"))
-    chooser = random.Random(seed)
-    for number in chooser.sample(range(1, count[0] - 10), points):
-        target = tmp_path / f"killed-{number}"
-        assert killed_at(number, job_of(source, target)) == signal.SIGKILL
-        check_nothing_unfinished_is_published(target, reference)
-        if number % 3 == 0:  # and once more while it recovers
-            killed_at(chooser.randrange(1, number), job_of(source, target))
-            check_nothing_unfinished_is_published(target, reference)
-        whole = len(list(target.glob("*.safetensors")))
-        report = execute(job_of(source, target))
-        assert len(report.kept) == whole
-        assert contents(target) == reference
-        shutil.rmtree(target)
-
-
 def test_killed_at_20_random_points_a_second_run_gives_the_same_directory(source, tmp_path, reference):
-    kill_and_resume(source, tmp_path, reference, 20, seed=0)
+    kill_and_resume(partial(job_of, source), tmp_path, reference, 20, seed=0)
 
 
 @pytest.mark.slow
 def test_killed_at_50_more_points(source, tmp_path, reference):
-    kill_and_resume(source, tmp_path, reference, 50, seed=1)
+    kill_and_resume(partial(job_of, source), tmp_path, reference, 50, seed=1)
 
 
 def test_a_finished_directory_is_left_as_it_is(source, tmp_path, reference):
@@ -151,7 +131,7 @@ def test_a_write_lost_while_copying_is_told_though_the_sync_at_the_end_succeeds(
     monkeypatch.setattr(os, "fdatasync", lose)
     with pytest.raises(CheckpointError, match=f"cannot write {file}: Input/output error"), _syncing(file):
         assert lost.wait(60)
-    _sync(file)
+    sync(file)
 
 
 def test_ctrl_c_leaves_temporaries_and_says_how_to_go_on(source, tmp_path, reference, monkeypatch):

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_accel.adapters import merge as merging
-from moe_accel.adapters import numbers
+from moe_accel.adapters import merge_blocks, numbers
 from moe_accel.adapters.merge import Options, execute, prepare
 from moe_accel.adapters.numbers import add_delta, to_bits, to_floats
 from moe_accel.adapters.run import Request, convert_adapter
@@ -85,7 +84,7 @@ def test_a_bf16_base_is_rounded_once_from_fp32(family, tmp_path):
     found = loaded(family, tmp_path / "out", torch.bfloat16)
     num = different = 0
     for name, value in expected.items():
-        rounded = value.to(torch.bfloat16)
+        rounded = value.to(found[name].dtype)  # routers that a model keeps in fp32 are rounded to nothing
         num, different = num + value.numel(), different + int((found[name] != rounded).sum())
         near = (found[name].float() - value).abs() <= (rounded.float() - value).abs() + 1e-5 * value.abs()
         assert near.all(), name
@@ -233,7 +232,7 @@ def test_a_value_that_is_not_finite_stops_the_merge(dtype, broken):
 def test_a_large_matrix_is_merged_in_pieces_with_the_same_bits(tmp_path, monkeypatch):
     made(tmp_path, "qwen3_moe", torch.bfloat16, target_modules=["q_proj", "embed_tokens"])
     merge(tmp_path, "whole")
-    monkeypatch.setattr(merging, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(merge_blocks, "CHUNK_ELEMENTS", 100)
     monkeypatch.setattr(numbers, "ROWS_ELEMENTS", 64)
     report = merge(tmp_path, "pieces")
     assert compare(tmp_path / "whole", tmp_path / "pieces").differences == ()
@@ -369,9 +368,9 @@ def test_layers_that_are_called_otherwise_in_the_base_are_found(tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_write_that_fails_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+def test_after_a_full_disk_the_same_merge_goes_on(tmp_path, monkeypatch):
     made(tmp_path, "qwen3_moe", torch.bfloat16)
-    real, calls = merging.add_delta, []
+    real, calls = merge_blocks.add_delta, []
 
     def failing(*arguments):
         calls.append(1)
@@ -379,9 +378,13 @@ def test_a_write_that_fails_leaves_nothing_that_looks_finished(tmp_path, monkeyp
             raise OSError(28, "No space left on device")
         return real(*arguments)
 
-    monkeypatch.setattr(merging, "add_delta", failing)
-    assert "no space left while writing" in refusal(tmp_path, max_shard_bytes=20_000)
-    monkeypatch.setattr(merging, "add_delta", real)
-    merge(tmp_path, max_shard_bytes=20_000)
+    monkeypatch.setattr(merge_blocks, "add_delta", failing)
+    with pytest.raises(CheckpointError, match="no space left while writing"):
+        merge(tmp_path, max_shard_bytes=20_000)
+    whole = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    monkeypatch.setattr(merge_blocks, "add_delta", real)
+    report = merge(tmp_path, max_shard_bytes=20_000)
+    assert set(report.kept) == whole != set()
     merge(tmp_path, "reference")
     assert compare(tmp_path / "reference", tmp_path / "out").differences == ()
