@@ -146,6 +146,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         ep_rank = transport.rank if transport else 0
         settings = experts.Settings(kernels.value, transport, config.ep_size, ep_rank, lean=module in lean)
         experts.install(module, settings)
+    beside_said = experts.compute_beside(found, model) if config.ep_size > 1 else []
     used = experts.computing(model, found)
     counts = list(experts.expert_parameter_counts(used))
     sizes = sorted({module.num_experts for _, module in used})
@@ -164,6 +165,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         notes=(
             *experts.told_of_adapters(model, used, adapted),
             *told_of_general_path(kernels, used),
+            *beside_said,
             *told_of_lora(kernels, model, accelerator.mixed_precision),
             *kept_said,
             *(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),

@@ -6,6 +6,7 @@ experts on one GPU.
 Sizes: N tokens of this rank, R rows received, H hidden, K top-k, e experts of this rank.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -36,7 +37,12 @@ class Dispatcher(Protocol):
     rank: int  # of this process in the group: it holds experts rank * e to (rank + 1) * e - 1
 
     def dispatch(
-        self, x: Tensor, choices: Tensor, weights: Tensor, handle: Any = None
+        self,
+        x: Tensor,
+        choices: Tensor,
+        weights: Tensor,
+        handle: Any = None,
+        beside: Callable[[], Any] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Send each token once to every rank that holds one of its experts; differentiable in x and weights.
 
@@ -46,6 +52,9 @@ class Dispatcher(Protocol):
             weights: [N,K] routing weights, any floating dtype.
             handle: a `Handle` of an earlier dispatch, to repeat its routing: no counting, no wait for the device. The
                 weights that arrive may be those of that dispatch: DeepEP repeats rows alone.
+            beside: called once, when tokens are on their way and before anything waits for them; what it computes, and
+                the backward of that, has the device to itself meanwhile. Not computed before the call: nothing that
+                the tokens wait for.
 
         Returns:
             x [R,H] and weights [R,K] in their dtypes, choices [R,K] local (-1: not here), and the `Handle`.

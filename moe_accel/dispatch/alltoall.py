@@ -2,11 +2,13 @@
 
 A token goes once to each rank that holds any of its experts, however many of them: with 128 experts on 8 ranks and
 K = 8 that is 5.3 rows a token instead of 8 (8 * (1 - (7/8)^8), for uniform routing). One copy from the device to the
-host a layer, for the row counts that torch wants as python numbers; none when a handle is given.
+host a layer, for the row counts that torch wants as python numbers; none when a handle is given. The counts are on
+their way as soon as there are choices, and where rows go is worked out meanwhile, without them.
 
 Sizes: N tokens of this rank, S rows sent, R rows received, G ranks, H hidden, K top-k, e experts of each rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_accel.dispatch.halves import travel
 from moe_accel.kernels.rows import RowMap, gather_rows, sum_rows
 
 
@@ -47,18 +50,24 @@ class AllToAll:
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def dispatch(
-        self, x: Tensor, choices: Tensor, weights: Tensor, handle: AllToAllHandle | None = None
+        self,
+        x: Tensor,
+        choices: Tensor,
+        weights: Tensor,
+        handle: AllToAllHandle | None = None,
+        beside: Callable[[], Any] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, AllToAllHandle]:
         """See `Dispatcher.dispatch`."""
+        arriving = None
         if handle is None:
-            handle = self._plan(choices)
-        sizes = handle.send_counts, handle.receive_counts
+            handle, arriving = self._plan(choices)
         x_s = gather_rows(x, handle.rows)
         # A weight goes along to every rank its token goes to; only the rank that has the expert gives it a gradient.
         weights_s = gather_rows(weights, handle.rows)
-        x_r = _Exchange.apply(x_s, *sizes, self.group)
-        weights_r = _Exchange.apply(weights_s, *sizes, self.group)
-        return x_r, handle.choices, weights_r, handle  # pyright: ignore[reportReturnType]
+        x_r, weights_r = travel(x_s, weights_s, _Transfer(handle, self.group), beside)
+        if arriving is not None:
+            _finish(*arriving)
+        return x_r, handle.choices, weights_r, handle
 
     def combine(self, y: Tensor, handle: AllToAllHandle) -> Tensor:
         """See `Dispatcher.combine`."""
@@ -66,7 +75,8 @@ class AllToAll:
         return sum_rows(y_s, handle.rows)
 
     @torch.no_grad()
-    def _plan(self, choices: Tensor) -> AllToAllHandle:
+    def _plan(self, choices: Tensor) -> tuple[AllToAllHandle, tuple[Any, Tensor, Tensor]]:
+        """The handle, and its choices on their way."""
         num_tokens = choices.shape[0]
         device, num_ranks = choices.device, self.num_ranks
         ranks_nk = torch.div(choices, self.num_local_experts, rounding_mode="floor")
@@ -76,34 +86,73 @@ class AllToAll:
 
         sent = torch.stack([goes_gn.sum(1), pairs_gn.sum(1)], dim=1)  # [G,2] rows and pairs
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
+        counting: Any = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+        rows, rank_of_row = _sent_rows(goes_gn, num_tokens * min(num_ranks, choices.shape[1]))
+        counting.wait()
         counts = torch.cat([sent, received], dim=1).tolist()  # the one wait for the device
         send_counts, receive_counts = [row[0] for row in counts], [row[2] for row in counts]
 
-        rows, rank_of_row = _sent_rows(goes_gn, sum(send_counts))
+        num_rows = sum(send_counts)
+        rows = RowMap(rows.sources[:num_rows], rows.copies[:num_rows], rows.starts)
+        rank_of_row = rank_of_row[:num_rows]
         local_sk = choices.index_select(0, rows.sources) - (rank_of_row * self.num_local_experts)[:, None]
         here = (local_sk >= 0) & (local_sk < self.num_local_experts)
         local_sk = local_sk.where(here, -1).to(torch.int32)
-        choices_r = _exchange(local_sk, send_counts, receive_counts, self.group)
-        return AllToAllHandle(choices_r, sum(row[3] for row in counts), rows, send_counts, receive_counts)
+        arriving = _start(local_sk, send_counts, receive_counts, self.group)
+        num_pairs = sum(row[3] for row in counts)
+        return AllToAllHandle(arriving[1], num_pairs, rows, send_counts, receive_counts), arriving
 
 
-def _sent_rows(goes_gn: Tensor, num_rows: int) -> tuple[RowMap, Tensor]:
-    """The sent copies, ordered by rank then token, and each one's rank [S]; without a further wait for the device."""
+def _sent_rows(goes_gn: Tensor, most: int) -> tuple[RowMap, Tensor]:
+    """The sent copies, ordered by rank then token, and each one's rank [S]; without any wait for the device.
+
+    Args:
+        goes_gn: [G,N], whether a token goes to a rank.
+        most: how many copies there can be; the places behind those that there are hold nothing of worth.
+    """
     num_ranks, num_tokens = goes_gn.shape
     device = goes_gn.device
     by_rank = goes_gn.reshape(-1)
-    place = (by_rank.cumsum(0) - 1).where(by_rank, num_rows)  # all that is not sent shares one slot past the end
+    place = (by_rank.cumsum(0) - 1).where(by_rank, most)  # all that is not sent shares one slot past the end
     positions = torch.arange(by_rank.numel(), device=device)
-    sent = positions.new_empty(num_rows + 1).scatter_(0, place, positions)[:num_rows]
+    sent = positions.new_zeros(most + 1).scatter_(0, place, positions)
 
     by_token = goes_gn.t().reshape(-1)
-    slots = (by_token.cumsum(0) - 1).where(by_token, num_rows)
+    slots = (by_token.cumsum(0) - 1).where(by_token, most)
     place_by_token = place.view(num_ranks, num_tokens).t().reshape(-1)
-    copies = place.new_empty(num_rows + 1).scatter_(0, slots, place_by_token)[:num_rows]
+    copies = place.new_zeros(most + 1).scatter_(0, slots, place_by_token)
     per_token = goes_gn.sum(0)
     width = max(num_tokens, 1)
     return RowMap(sent % width, copies, per_token.cumsum(0) - per_token), sent // width
+
+
+class _Transfer:
+    """Rows and their routing weights on the way; see `halves.Transfer`.
+
+    Until the current stream waits for an exchange, both its sides are kept alive here.
+    """
+
+    needs: tuple[bool, bool] = False, False
+
+    def __init__(self, handle: AllToAllHandle, group: Any):
+        self.handle, self.group = handle, group
+        self.under_way: list[tuple[Any, Tensor, Tensor] | None] = []
+
+    def launch(self, x: Tensor, weights: Tensor) -> None:
+        sizes = self.handle.send_counts, self.handle.receive_counts
+        self.under_way = [_start(rows, *sizes, self.group) for rows in (x, weights)]
+
+    def arrive(self) -> Any:
+        under_way, self.under_way = self.under_way, []
+        return tuple(None if each is None else _finish(*each) for each in under_way)
+
+    def launch_back(self, x_grad: Tensor, weights_grad: Tensor) -> None:
+        sizes = self.handle.receive_counts, self.handle.send_counts
+        both = zip((x_grad, weights_grad), self.needs, strict=True)
+        self.under_way = [_start(rows, *sizes, self.group) if needed else None for rows, needed in both]
+
+    def arrive_back(self) -> Any:
+        return self.arrive()
 
 
 class _Exchange(torch.autograd.Function):
@@ -123,4 +172,16 @@ class _Exchange(torch.autograd.Function):
 def _exchange(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
     received = rows.new_empty(sum(receive), rows.shape[1])
     dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received
+
+
+def _start(rows: Tensor, send: list[int], receive: list[int], group: Any) -> tuple[Any, Tensor, Tensor]:
+    """Send rows [S,C] by NCCL's stream, while the current one goes on: what `_finish` wants."""
+    rows, received = rows.contiguous(), rows.new_empty(sum(receive), rows.shape[1])
+    return dist.all_to_all_single(received, rows, receive, send, group=group, async_op=True), received, rows
+
+
+def _finish(work: Any, received: Tensor, rows: Tensor) -> Tensor:
+    """Let the current stream wait for the rows received."""
+    work.wait()
     return received

@@ -1,8 +1,8 @@
 """The transport of DeepEP (https://github.com/deepseek-ai/DeepEP): one kernel a direction, over NVLink and RDMA.
 
-The only file that imports `deep_ep`. Two implementations behind one class: `Buffer` (1.2, kept in 2.x), which is taken
-where it is there, and `ElasticBuffer` (2.x); MOE_ACCEL_DEEPEP=buffer or elastic asks for one of them. Read in their
-sources, 1.2.1 and 2.1.0:
+The only file that imports `deep_ep`. Two implementations behind one class (`buffers.py`): `Buffer` (1.2, kept in 2.x),
+which is taken where it is there, and `ElasticBuffer` (2.x); MOE_ACCEL_DEEPEP=buffer or elastic asks for one of them.
+Read in their sources, 1.2.1 and 2.1.0:
 
 - Rows are bf16, routing weights fp32. Combine sums the rows of the ranks of a token in fp32 and rounds once; between
   nodes once a node, then once more. Elastic adds two rows in bf16, which is one rounding, too.
@@ -29,6 +29,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_accel.dispatch.buffers import Buffer, Elastic
+from moe_accel.dispatch.halves import travel
 from moe_accel.errors import ConfigError
 from moe_accel.hooks import wrap
 
@@ -76,28 +78,37 @@ class DeepEP:
         self.buffers.make_room(num_tokens, hidden, top_k)
 
     def dispatch(
-        self, x: Tensor, choices: Tensor, weights: Tensor, handle: DeepEPHandle | None = None
+        self,
+        x: Tensor,
+        choices: Tensor,
+        weights: Tensor,
+        handle: DeepEPHandle | None = None,
+        beside: Callable[[], Any] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, DeepEPHandle]:
         """See `Dispatcher.dispatch`; x is bf16 there, too, where autocast lets it be sent as such.
 
-        With a handle, weights are those of its dispatch, and their gradient goes to the new ones.
+        With a handle, weights are those of its dispatch, and their gradient goes to the new ones. Without one the host
+        waits for row counts within DeepEP's call: that comes after `beside`, so that the device is at work meanwhile.
 
         Raises:
             ConfigError: dtype or top-k are none that DeepEP has.
         """
         if choices.shape[1] > MAX_TOP_K:
             raise ConfigError(f"dispatcher=deepep sends at most {MAX_TOP_K} choices a token, not {choices.shape[1]}")
-        made: list[DeepEPHandle] = []
-        function: Any = _Dispatch
-        x_r, weights_r = function.apply(_as_bf16(x), weights.float(), choices, self, handle, x.dtype, made)
-        return x_r, made[0].choices, weights_r.to(weights.dtype), made[0]
+        transfer = _Transfer(self, choices, handle, x.dtype)
+        x_r, weights_r = travel(_as_bf16(x), weights.float(), transfer, beside)
+        return x_r, transfer.handle.choices, weights_r.to(weights.dtype), transfer.handle
 
     def combine(self, y: Tensor, handle: DeepEPHandle) -> Tensor:
         """See `Dispatcher.combine`; in the dtype of the tokens dispatched."""
         combined: Any = _Combine.apply(_as_bf16(y), self, handle)
         return combined.to(handle.dtype)
 
-    def send(self, x: Tensor, choices: Tensor, weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, DeepEPHandle]:
+    # What follows starts, and gives a function that lets the current stream wait for the result.
+
+    def send(
+        self, x: Tensor, choices: Tensor, weights: Tensor, dtype: torch.dtype
+    ) -> Callable[[], tuple[Tensor, DeepEPHandle]]:
         """Dispatch what was not dispatched before: x [N,H] bf16, weights [N,K] fp32."""
         num_tokens = x.shape[0]
         choices = choices.to(_package().topk_idx_t)
@@ -105,41 +116,68 @@ class DeepEP:
             x, weights = x.new_zeros(1, x.shape[1]), weights.new_zeros(1, weights.shape[1])
             choices = choices.new_full((1, choices.shape[1]), -1)
         operands = x.contiguous(), choices.contiguous(), weights.contiguous()
-        x_r, choices_r, weights_r, counts, native = self.buffers.send(*operands, self.num_experts)
-        return x_r, DeepEPHandle(choices_r.to(torch.int32), sum(counts), weights_r, dtype, num_tokens, native)
+        finish = self.buffers.send(*operands, self.num_experts)
 
-    def send_again(self, x: Tensor, handle: DeepEPHandle) -> Tensor:
+        def received() -> tuple[Tensor, DeepEPHandle]:
+            x_r, choices_r, weights_r, counts, native = finish()
+            return x_r, DeepEPHandle(choices_r.to(torch.int32), sum(counts), weights_r, dtype, num_tokens, native)
+
+        return received
+
+    def send_again(self, x: Tensor, handle: DeepEPHandle) -> Callable[[], Tensor]:
         """Dispatch other rows the same way: [N,H] -> [R,H], no wait on the host."""
         return self.buffers.send_again(x.contiguous() if x.shape[0] else x.new_zeros(1, x.shape[1]), handle.native)
 
-    def sum_back(self, y: Tensor, handle: DeepEPHandle, weights: Tensor | None = None) -> tuple[Tensor, Any]:
+    def sum_back(
+        self, y: Tensor, handle: DeepEPHandle, weights: Tensor | None = None
+    ) -> Callable[[], tuple[Tensor, Tensor | None]]:
         """Rows [R,H] and perhaps weights [R,K] back to their tokens, summed: [N,H] and [N,K]."""
         weights = None if weights is None else weights.contiguous()
-        x, summed = self.buffers.sum_back(y.contiguous(), handle.native, weights)
-        return x[: handle.num_tokens], None if summed is None else summed[: handle.num_tokens]
+        finish = self.buffers.sum_back(y.contiguous(), handle.native, weights)
+
+        def summed() -> tuple[Tensor, Tensor | None]:
+            x, of_weights = finish()
+            return x[: handle.num_tokens], None if of_weights is None else of_weights[: handle.num_tokens]
+
+        return summed
 
 
-class _Dispatch(torch.autograd.Function):
-    """Its gradient is a combine: of rows and of routing weights."""
+class _Transfer:
+    """A dispatch, whose gradient is a combine of rows and of routing weights; see `halves.Transfer`."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, choices: Tensor, transport: DeepEP, *rest: Any) -> Any:
-        handle, dtype, made = rest
-        if handle is None:
-            x_r, handle = transport.send(x, choices, weights, dtype)
+    needs: tuple[bool, bool] = False, False
+
+    def __init__(self, transport: DeepEP, choices: Tensor, handle: DeepEPHandle | None, dtype: torch.dtype):
+        self.transport, self.choices, self.known, self.dtype = transport, choices, handle, dtype
+        self.finish: Any = None
+
+    @property
+    def handle(self) -> DeepEPHandle:
+        """Of this dispatch, once it has arrived."""
+        assert self.known is not None
+        return self.known
+
+    def launch(self, x: Tensor, weights: Tensor) -> None:
+        if self.known is None:
+            self.finish = self.transport.send(x, self.choices, weights, self.dtype)
         else:
-            x_r = transport.send_again(x, handle)
-        made.append(handle)
-        ctx.transport, ctx.handle = transport, handle
-        # Another tensor on the same memory: autograd marks what is returned, and the handle outlives the graph.
-        return x_r, handle.weights.detach()
+            self.finish = self.transport.send_again(x, self.known)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        of_weights = gradients[1] if ctx.needs_input_grad[1] else None
-        x, weights = ctx.transport.sum_back(gradients[0], ctx.handle, of_weights)
-        return x, weights, None, None, None, None, None
+    def arrive(self) -> tuple[Tensor, Tensor]:
+        found = self._finished()
+        x_r, self.known = found if self.known is None else (found, self.known)
+        # Another tensor on the same memory: autograd marks what is returned, and the handle outlives the graph.
+        return x_r, self.handle.weights.detach()
+
+    def launch_back(self, x_grad: Tensor, weights_grad: Tensor) -> None:
+        self.finish = self.transport.sum_back(x_grad, self.handle, weights_grad if self.needs[1] else None)
+
+    def arrive_back(self) -> tuple[Tensor, Tensor | None]:
+        return self._finished()
+
+    def _finished(self) -> Any:
+        finish, self.finish = self.finish, None
+        return finish()
 
 
 class _Combine(torch.autograd.Function):
@@ -148,12 +186,12 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, transport: DeepEP, handle: DeepEPHandle) -> Tensor:
         ctx.transport, ctx.handle = transport, handle
-        return transport.sum_back(y, handle)[0]
+        return transport.sum_back(y, handle)()[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return ctx.transport.send_again(gradients[0], ctx.handle), None, None
+        return ctx.transport.send_again(gradients[0], ctx.handle)(), None, None
 
 
 def _as_bf16(rows: Tensor) -> Tensor:
@@ -170,146 +208,17 @@ def _as_bf16(rows: Tensor) -> Tensor:
     return rows.to(torch.bfloat16)
 
 
-# ---- the two implementations
-
-
-class _Buffer:
-    """`deep_ep.Buffer`. Its handles hold tensors only, and so outlive a buffer that is replaced by a larger one."""
-
-    def __init__(self, group: dist.ProcessGroup):
-        self.group, self.hidden = group, 0
-        self.native: Any = None
-
-    def make_room(self, num_tokens: int, hidden: int, top_k: int) -> None:
-        """Its size depends on H alone: tokens go through in chunks."""
-        if hidden <= self.hidden:
-            return
-        self.close()
-        buffer, num_ranks, row_bytes = _package().Buffer, self.group.size(), hidden * 2
-        # Kept: `Buffer.set_num_sms` changes what these calls return, and a handle fits one number of SMs.
-        self.how_to_send, self.how_to_sum = buffer.get_dispatch_config(num_ranks), buffer.get_combine_config(num_ranks)
-        configs = self.how_to_send, self.how_to_sum
-        nvlink_bytes = max(config.get_nvl_buffer_size_hint(row_bytes, num_ranks) for config in configs)
-        rdma_bytes = max(config.get_rdma_buffer_size_hint(row_bytes, num_ranks) for config in configs)
-        self.native = buffer(self.group, nvlink_bytes, rdma_bytes, explicitly_destroy=True)
-        self.hidden = hidden
-
-    def send(
-        self, x: Tensor, choices: Tensor, weights: Tensor, num_experts: int
-    ) -> tuple[Tensor, Tensor, Tensor, list[int], Any]:
-        self.make_room(x.shape[0], x.shape[1], choices.shape[1])
-        layout = self.native.get_dispatch_layout(choices, num_experts, **self._after(self.native.capture()))
-        per_rank, per_node, per_expert, in_rank, event = layout
-        x_r, choices_r, weights_r, counts, native, event = self.native.dispatch(
-            x,
-            topk_idx=choices,
-            topk_weights=weights,
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_node,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-            config=self.how_to_send,
-            **self._after(event),
-        )
-        event.current_stream_wait()
-        return x_r, choices_r, weights_r, counts, native
-
-    def send_again(self, x: Tensor, native: Any) -> Tensor:
-        how = self._after(self.native.capture())
-        x_r, *_, event = self.native.dispatch(x, handle=native, config=self.how_to_send, **how)
-        event.current_stream_wait()
-        return x_r
-
-    def sum_back(self, y: Tensor, native: Any, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        how = self._after(self.native.capture())
-        x, summed, event = self.native.combine(y, native, topk_weights=weights, config=self.how_to_sum, **how)
-        event.current_stream_wait()
-        return x, summed
-
-    def close(self) -> None:
-        if self.native is not None:
-            self.native.destroy()
-        self.native, self.hidden = None, 0
-
-    @staticmethod
-    def _after(event: Any) -> dict[str, Any]:
-        """Start on DeepEP's stream once `event` has happened, and let this stream wait for no more than the result."""
-        return {"previous_event": event, "async_finish": True, "allocate_on_comm_stream": True}
-
-
-class _Elastic:
-    """`deep_ep.ElasticBuffer`, which has to know the most tokens of a rank: they are asked for, once a dispatch."""
-
-    def __init__(self, group: dist.ProcessGroup):
-        self.group, self.room = group, (0, 0, 0)
-        self.native: Any = None
-
-    def make_room(self, num_tokens: int, hidden: int, top_k: int) -> None:
-        """Room for the next power of two of tokens: kernels are compiled for a size, so it should change rarely."""
-        wanted = max(128, 1 << (num_tokens - 1).bit_length()), hidden, top_k
-        if self.native is not None and all(want <= have for want, have in zip(wanted, self.room, strict=True)):
-            return
-        self.close()
-        self.room = tuple(max(pair) for pair in zip(wanted, self.room, strict=True))
-        num_tokens, hidden, top_k = self.room
-        self.native = _package().ElasticBuffer(
-            self.group,
-            num_max_tokens_per_rank=num_tokens,
-            hidden=hidden,
-            num_topk=top_k,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            explicitly_destroy=True,
-        )
-
-    def send(
-        self, x: Tensor, choices: Tensor, weights: Tensor, num_experts: int
-    ) -> tuple[Tensor, Tensor, Tensor, list[int], Any]:
-        most = torch.tensor([x.shape[0]], device=x.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-        self.make_room(int(most), x.shape[1], choices.shape[1])
-        x_r, choices_r, weights_r, native, event = self.native.dispatch(
-            x,
-            topk_idx=choices,
-            topk_weights=weights,
-            num_experts=num_experts,
-            num_max_tokens_per_rank=self.room[0],
-            **self._now(),
-        )
-        event.current_stream_wait()
-        return x_r, choices_r, weights_r, native.num_recv_tokens_per_expert_list, native
-
-    def send_again(self, x: Tensor, native: Any) -> Tensor:
-        # without num_sms it would be worked out from num_experts, which a repeated dispatch is not given
-        x_r, *_, event = self.native.dispatch(x, handle=native, num_sms=native.num_sms, **self._now())
-        event.current_stream_wait()
-        return x_r
-
-    def sum_back(self, y: Tensor, native: Any, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        x, summed, event = self.native.combine(y, native, topk_weights=weights, **self._now())
-        event.current_stream_wait()
-        return x, summed
-
-    def close(self) -> None:
-        if self.native is not None:
-            self.native.destroy()
-        self.native = None
-
-    def _now(self) -> dict[str, Any]:
-        how = {"async_with_compute_stream": True, "allocate_on_comm_stream": True}
-        return {"previous_event": self.native.capture(), **how}
-
-
 # ---- one buffer a group, shared by all layers and models, and gone before its process group
 
 
-_open: dict[Any, _Buffer | _Elastic] = {}
+_open: dict[Any, Buffer | Elastic] = {}
 
 
 def _buffers(group: dist.ProcessGroup, kind: str) -> Any:
     wrap(dist, "destroy_process_group", _closing_first)
     _close_at_exit()
     if (group, kind) not in _open:
-        _open[group, kind] = _Buffer(group) if kind == "buffer" else _Elastic(group)
+        _open[group, kind] = (Buffer if kind == "buffer" else Elastic)(group, _package())
     return _open[group, kind]
 
 

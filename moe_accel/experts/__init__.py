@@ -3,12 +3,14 @@
 from moe_accel.experts.adapter_config import expert_lora_config, told_of_adapters
 from moe_accel.experts.adapters import install as install_adapters
 from moe_accel.experts.find import computing, expert_parameter_counts, find_experts, has_experts, is_decorated
+from moe_accel.experts.find_beside import compute_beside
 from moe_accel.experts.function import NAME, Settings, install, join_adapters, register, settings_of
 from moe_accel.experts.weights import hidden_size, stacked_parameters
 
 __all__ = [
     "NAME",
     "Settings",
+    "compute_beside",
     "computing",
     "expert_lora_config",
     "expert_parameter_counts",

@@ -5,6 +5,7 @@ Registered as `moe_accel` in transformers' `ExpertsInterface`; what a module com
 Sizes: N tokens of this rank, R rows received, H hidden, K top-k, E experts, e experts of this rank.
 """
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from moe_accel.dispatch import Dispatcher
 from moe_accel.experts.adapters import active_ranks, factors
+from moe_accel.experts.beside import Beside
 from moe_accel.experts.fused import fused_experts
 from moe_accel.experts.joined import Joined, join
 from moe_accel.experts.reference import reference_experts
@@ -37,6 +39,7 @@ class Settings:
         ep_rank: which of them this is.
         lean: whether backward computes the first projection again, rather than its output being kept.
         counting: whether to count `load`.
+        beside: the shared expert of the same block, where it is computed while tokens travel.
         joined: weights of this module that have room for their adapters, by name.
         apart: rank of the adapters of those that had, before a state dict was made of them.
         load: [e] int64 on the device, tokens computed by each of this rank's experts so far; None while there are none.
@@ -49,6 +52,7 @@ class Settings:
     ep_rank: int = 0
     lean: bool = False
     counting: bool = False
+    beside: Beside | None = None
     joined: dict[str, Joined] = field(default_factory=dict)
     apart: dict[str, int] = field(default_factory=dict)
     load: Tensor | None = None
@@ -56,7 +60,8 @@ class Settings:
 
     def __deepcopy__(self, memo: dict) -> "Settings":
         """A copied module shares the transport (process groups cannot be copied) and starts without history."""
-        return Settings(self.kernels, self.dispatcher, self.ep_size, self.ep_rank, self.lean, self.counting)
+        beside = copy.deepcopy(self.beside, memo)
+        return Settings(self.kernels, self.dispatcher, self.ep_size, self.ep_rank, self.lean, self.counting, beside)
 
     def __reduce__(self) -> tuple:
         """Pickled as it is copied."""
@@ -152,7 +157,8 @@ def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor
     new = Record(choices) if record is None and torch.is_grad_enabled() and not in_backward() else None
     x = scale_gradient(x, settings.ep_size)
     weights = scale_gradient(weights, settings.ep_size)
-    x_r, choices_r, weights_r, handle = dispatcher.dispatch(x, choices, weights, record and record.handle)
+    beside = settings.beside and settings.beside.work()
+    x_r, choices_r, weights_r, handle = dispatcher.dispatch(x, choices, weights, record and record.handle, beside)
     routing = record and record.routing
     if routing is None:
         routing = sort_by_expert(choices_r, num_local_experts, handle.num_pairs)

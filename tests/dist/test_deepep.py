@@ -267,9 +267,12 @@ JOBS = {
     "checkpointing": (Job(), 4, {"gradient_checkpointing": "non-reentrant"}),
     "checkpointing-reentrant": (Job(lengths=TWO_RANKS), 2, {"gradient_checkpointing": "reentrant"}),
     "checkpointing-skewed": (SKEWED, 4, {"gradient_checkpointing": "non-reentrant"}),
+    "shared-experts-first": (Job("qwen2_moe", lengths=TWO_RANKS), 2, {"gradient_checkpointing": "non-reentrant"}),
+    "shared-experts-last": (Job("deepseek_v3", lengths=TWO_RANKS), 2, {"gradient_checkpointing": "non-reentrant"}),
     "checkpointing-an-empty-rank": (NO_TOKENS, 4, {"gradient_checkpointing": "non-reentrant"}),
 }
 WITH_ELASTIC = {"4-ranks-in-2-groups", "an-empty-rank", "accumulate", "checkpointing", "checkpointing-skewed"}
+WITH_ELASTIC |= {"shared-experts-first"}
 """The default run tries these with ElasticBuffer and the others with Buffer; the rest is `slow`."""
 
 
