@@ -30,7 +30,7 @@ from moe_accel.experts.gates import find_gate
 from moe_accel.experts.joined import Projection
 from moe_accel.experts.routing import LocalRouting
 from moe_accel.experts.weights import has_post_norm
-from moe_accel.kernels.device import as_autocast
+from moe_accel.kernels.device import as_autocast, without_autocast
 from moe_accel.kernels.glu import SWIGLU, ExpertBias, Gate, glu, glu_backward
 from moe_accel.kernels.grouped import TORCH, GroupedGemm
 from moe_accel.kernels.rows import RowMap, gather, sum_copies
@@ -92,7 +92,7 @@ def gated_experts(
         pairs.append((a, b))
         joined.append(place if place is not None and place.holds(matrix, a) else None)
     places = routing.ends, routing.experts, *routing.rows
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         inner: Any = _Inner.apply
         a, down_low, carrier = inner(
             x_, up, down, weight_p, *pairs[0], *pairs[1], *biases, *places, tuple(joined), gate, lean, gemm

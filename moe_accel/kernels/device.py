@@ -100,6 +100,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
+def without_autocast(device: torch.device) -> Any:
+    """A context in which products of a device are computed as they are; free where they are anyway."""
+    is_on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+
+
 def as_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     """Operands of a product as autocast would take them.
 

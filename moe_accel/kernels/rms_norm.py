@@ -2,9 +2,9 @@
 
 backward   with n = x * r, r = 1 / sqrt(mean(x^2) + eps) and g = dy * (offset + weight):
            dx = r * (g - n * mean(g * n)), dweight = sum over rows of dy * n
-Between them r is kept, and x, which the layer before keeps anyway. Each program sums dweight over its own rows in fp32,
-then one torch sum adds the programs' rows: the same bits every time. Zhang & Sennrich, "Root Mean Square Layer
-Normalization" (2019).
+Between them r is kept, and x, which the layer before keeps anyway. Where the weight is trained, each program sums
+dweight over its own rows in fp32, then one torch sum adds the programs' rows: the same bits every time. Zhang &
+Sennrich, "Root Mean Square Layer Normalization" (2019).
 
 Sizes: N rows, H width.
 """
@@ -43,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         rows, weight, inverse = ctx.saved_tensors
         gradient = gradients[0].reshape(rows.shape)
         form = normalise_backward if use_triton(rows) else normalise_backward_torch
-        x_grad, weight_grad = form(gradient, rows, weight, inverse, ctx.offset)
+        x_grad, weight_grad = form(gradient, rows, weight, inverse, ctx.offset, ctx.needs_input_grad[1])
         return x_grad.view(ctx.shape), weight_grad, None, None
 
 
@@ -55,13 +55,13 @@ def normalise_torch(x: Tensor, weight: Tensor, eps: float, offset: float) -> tup
 
 
 def normalise_backward_torch(
-    gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float
-) -> tuple[Tensor, Tensor]:
-    """The definition of the gradients of x [N,H] and weight [H]."""
+    gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float, needs_weight: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """The definition of the gradients of x [N,H] and weight [H], which is None where nobody needs it."""
     n, gradient = x.to(inverse.dtype) * inverse, gradient.to(inverse.dtype)
     g = gradient * (weight.to(inverse.dtype) + offset)
     x_grad = inverse * (g - n * (g * n).mean(1, keepdim=True))
-    return x_grad.to(x.dtype), (gradient * n).sum(0).to(weight.dtype)
+    return x_grad.to(x.dtype), (gradient * n).sum(0).to(weight.dtype) if needs_weight else None
 
 
 def normalise(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -76,17 +76,19 @@ def normalise(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Ten
 
 
 def normalise_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float
-) -> tuple[Tensor, Tensor]:
+    gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float, needs_weight: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """`normalise_backward_torch` as a kernel."""
     num_rows, width = x.shape
     sizes = _tile(width)
     num_programs = min(NUM_PROGRAMS, -(-num_rows // sizes["ROWS"]))
     x = x.contiguous()
-    x_grad, sums = torch.empty_like(x), x.new_empty(num_programs, width, dtype=torch.float32)
+    x_grad = torch.empty_like(x)
+    sums = x.new_empty(num_programs, width, dtype=torch.float32) if needs_weight else inverse  # not written then
     tensors = gradient.contiguous(), x, weight.contiguous(), inverse, x_grad, sums
-    launch(_backward_kernel, (num_programs,), *tensors, num_rows, num_programs, offset=offset, **sizes)
-    return x_grad, sums.sum(0).to(weight.dtype)
+    constants = {"offset": offset, **sizes, "HAS_SUMS": needs_weight}
+    launch(_backward_kernel, (num_programs,), *tensors, num_rows, num_programs, **constants)
+    return x_grad, sums.sum(0).to(weight.dtype) if needs_weight else None
 
 
 def _tile(width: int) -> dict[str, int]:
@@ -132,6 +134,7 @@ def _backward_kernel(
     width: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -148,6 +151,8 @@ def _backward_kernel(
         g = of_y * scale[None, :]
         mean = tl.sum(g * n, 1) / width
         tl.store(x_grad + at, (r * (g - n * mean[:, None])).to(x_grad.dtype.element_ty), mask=inside)
-        total += of_y * n
+        if HAS_SUMS:
+            total += of_y * n
         first += num_programs * ROWS
-    tl.store(sums + program * width + column, tl.sum(total, 0), mask=column < width)
+    if HAS_SUMS:
+        tl.store(sums + program * width + column, tl.sum(total, 0), mask=column < width)

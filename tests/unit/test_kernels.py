@@ -117,11 +117,14 @@ COMPILED = {
         ["*bf16", "*bf16", "*bf16", "*fp32", "i32"],
         {"eps": 1e-6, "offset": 0.0, "width": 2048, "ROWS": 2, "COLUMNS": 2048},
     ),
-    "rms norm backward": (
-        rms_norm._backward_kernel,
-        ["*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "i32", "i32"],
-        {"offset": 0.0, "width": 128, "ROWS": 32, "COLUMNS": 128},
-    ),
+    **{
+        f"rms norm backward{of_frozen}": (
+            rms_norm._backward_kernel,
+            ["*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "i32", "i32"],
+            {"offset": 0.0, "width": 128, "ROWS": 32, "COLUMNS": 128, "HAS_SUMS": has_sums},
+        )
+        for of_frozen, has_sums in (("", True), (", frozen", False))
+    },
     "rotation": (
         rope._rotate_kernel,
         ["*bf16"] * 4 + ["i64"] * 9,
