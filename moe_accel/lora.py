@@ -4,13 +4,17 @@ PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling`, six operations of
 and as many gradients. Here the second product is accumulated into the first (`addmm`), forward and backward. Switches,
 parameters and names stay PEFT's; whatever is more than one plain adapter on an `nn.Linear` stays with PEFT.
 
+Layers that are called with the same x, as q, k and v, are one function (`siblings.py` says which): one product by all
+their A, and one gradient of x, where autograd would add three in two passes over all of it.
+
 PEFT makes the adapters of a bf16 model fp32 (`autocast_adapter_dtype`), and without autocast multiplies them in fp32,
 by a copy of x in fp32. Here they are multiplied in bf16, as under autocast; their gradients and updates stay fp32.
 
 Sizes: N rows, r rank.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +23,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
-from moe_accel.kernels.device import as_autocast
+from moe_accel.kernels.device import autocast_dtype, without_autocast
+from moe_accel.siblings import ATTRIBUTE, Siblings, introduce
 from moe_accel.swap import become, is_bare
 
 
 def install(model: nn.Module, autocasts: bool = False) -> tuple[int, dict[str, int]]:
-    """Let PEFT's LoRA layers around `nn.Linear` compute with `lora_linear` where they can.
+    """Let PEFT's LoRA layers around `nn.Linear` compute with `lora_linears` where they can.
 
     Args:
         model: with adapters or without.
@@ -39,6 +44,7 @@ def install(model: nn.Module, autocasts: bool = False) -> tuple[int, dict[str, i
         become(layer, _Fused)
         if reason := _why_with_peft(layer, autocasts):
             reasons[reason] = reasons.get(reason, 0) + 1
+    introduce(model, _Fused)
     return len(layers) - sum(reasons.values()), reasons
 
 
@@ -50,7 +56,7 @@ def num_rounded(model: nn.Module) -> int:
 
 
 def _why_with_peft(layer: Any, autocasts: bool) -> str | None:
-    """What a user has chosen that `lora_linear` does not compute in training; None: it computes the layer."""
+    """What a user has chosen that `lora_linears` does not compute in training; None: it computes the layer."""
     active = _active(layer)
     if len(active) != 1:
         return f"{len(active)} active adapters"
@@ -77,7 +83,7 @@ def _dtypes(layer: Any, name: str) -> tuple[torch.dtype, torch.dtype, torch.dtyp
 
 
 def _computes(weight: torch.dtype, a: torch.dtype, b: torch.dtype) -> bool:
-    """Whether `lora_linear` takes these dtypes: all alike, or adapters that it rounds."""
+    """Whether `lora_linears` takes these dtypes: all alike, or adapters that it rounds."""
     return a == b and (a == weight or _rounds(weight, a))
 
 
@@ -97,87 +103,165 @@ def _is_lora_linear(module: nn.Module) -> bool:
     return "forward" not in vars(module) and type(module.base_layer) is nn.Linear
 
 
+class Part(NamedTuple):
+    """A linear layer and its adapter.
+
+    Attributes:
+        weight: [out,in].
+        bias: [out] or None.
+        a: [r,in].
+        b: [out,r].
+        scaling: of the adapter.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
 class _Fused(nn.Module):
     """What a LoRA layer of PEFT does instead."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One product with the other in it, where it is one plain adapter; else PEFT's own."""
-        name = None if args or kwargs or torch.compiler.is_compiling() else _plain_adapter(self)
-        if name is None:
+        part = None if args or kwargs or torch.compiler.is_compiling() else _plain_part(self)
+        if part is None:
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        operands = x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight
-        x_, weight, a, b = as_autocast(*operands)
-        takes = x_.dtype == weight.dtype and _computes(weight.dtype, a.dtype, b.dtype)
-        if not takes or any(isinstance(each, DTensor) for each in operands):
+        dtype = autocast_dtype(x.device)
+        if not _takes(x, part, dtype):
             return super().forward(x)
-        a, b = a.to(x_.dtype), b.to(x_.dtype)
-        return lora_linear(x_, weight, base.bias, a, b, self.scaling[name])
+        siblings: Siblings | None = self.__dict__.get(ATTRIBUTE)
+        if siblings is None or not torch.is_grad_enabled() or x.is_inference() or not is_bare(self):
+            return lora_linears(x, [part], dtype)[0]
+        made = siblings.made(self, x, (*part, dtype))
+        if made is not None:
+            return made
+        layers, parts = [self], [part]
+        for each in siblings.together(self, x):
+            other = _plain_part(each) if is_bare(each) else None
+            if other is not None and _takes(x, other, dtype):
+                layers.append(each)
+                parts.append(other)
+        output, *others = lora_linears(x, parts, dtype)
+        if others:
+            siblings.keep(x, layers[1:], others, [(*other, dtype) for other in parts[1:]])
+        return output
 
 
-def _plain_adapter(layer: Any) -> str | None:
-    """The one adapter that is active, if it is LoRA and nothing else."""
-    if layer.disable_adapters or layer.merged:
+def _plain_part(layer: Any) -> Part | None:
+    """The layer with the one adapter that is active, if it is LoRA and nothing else.
+
+    Modules and parameters are looked up where `nn.Module` has them: its own lookup takes as long as a launch.
+    """
+    if layer.disable_adapters or layer.merged or _has_any_global_hook():
         return None
-    active = _active(layer)
+    modules = layer._modules
+    of_a = modules["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in of_a]
     if len(active) != 1 or active[0] in layer.lora_variant:
         return None
     name = active[0]
-    dropout = layer.lora_dropout[name]
-    drops = not isinstance(dropout, nn.Identity) and dropout.training and getattr(dropout, "p", 1) > 0
-    parts = layer.lora_A[name], layer.lora_B[name], layer.base_layer
-    bare = all(map(is_bare, (*parts, dropout))) and not _has_any_global_hook()
-    plain = all(type(part) is nn.Linear for part in parts)
-    biased = any(part.bias is not None for part in parts[:2])
-    return None if drops or biased or not (bare and plain) else name
+    base, a, b = modules["base_layer"], of_a[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    if not (type(base) is type(a) is type(b) is nn.Linear):
+        return None
+    if dropout.training and type(dropout) is not nn.Identity and getattr(dropout, "p", 1) > 0:
+        return None
+    if not (is_bare(base) and is_bare(a) and is_bare(b) and is_bare(dropout)):
+        return None
+    of_base, of_a, of_b = base._parameters, a._parameters, b._parameters
+    if of_a["bias"] is not None or of_b["bias"] is not None:
+        return None
+    return Part(of_base["weight"], of_base["bias"], of_a["weight"], of_b["weight"], layer.scaling[name])
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """`x @ weight.T + bias + scaling * x @ a.T @ b.T`.
+def _takes(x: Tensor, part: Part, autocast: torch.dtype | None) -> bool:
+    """Whether `lora_linears` takes these dtypes, and whole tensors."""
+    weight, _, a, b, _ = part
+    if isinstance(x, DTensor) or isinstance(weight, DTensor) or isinstance(a, DTensor) or isinstance(b, DTensor):
+        return False
+    return autocast is not None or (x.dtype == weight.dtype and _computes(weight.dtype, a.dtype, b.dtype))
+
+
+def lora_linears(x: Tensor, parts: Sequence[Part], autocast: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """`x @ weight.T + bias + scaling * x @ a.T @ b.T` of each part, as one function with one gradient of x.
 
     Args:
         x: [...,in].
-        weight: [out,in].
-        bias: [out] or None.
-        a: [r,in].
-        b: [out,r]; all of one dtype.
-        scaling: of the adapter.
+        parts: one at least, all of the same `in`; weights of the dtype of x, biases and adapters of any.
+        autocast: what x and the weights are cast to, as autocast would; None: they are multiplied as they are.
 
     Returns:
-        [...,out], differentiable once in every tensor.
+        [...,out] of each part, differentiable once in every tensor.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        rows: Any = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scaling)
-    return rows.view(*x.shape[:-1], weight.shape[0])
+    if autocast is not None:
+        x = x.to(autocast)
+        parts = [part._replace(weight=part.weight.to(autocast)) for part in parts]
+    with without_autocast(x.device):
+        function: Any = _LoraLinears.apply
+        scalings = [part.scaling for part in parts]
+        return function(x, scalings, *(each for part in parts for each in part[:4]))
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinears(torch.autograd.Function):
+    """The parts' A lie below each other, so that `low` [N,r of all parts], what its gradient adds to that of x, and the
+    gradients of all A are one product each. Gradients of x are summed in their products, not in passes of their own.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        low = x @ a.t()
-        out = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        out.addmm_(low, b.t(), alpha=scaling)
-        ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scaling, ctx.bias_dtype = scaling, None if bias is None else bias.dtype
-        return out
+    def forward(ctx: Any, x: Tensor, scalings: list[float], *given: Any) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        weights, biases, a_parts, b_parts = given[::4], given[1::4], given[2::4], given[3::4]
+        a = (a_parts[0] if len(a_parts) == 1 else torch.cat(a_parts)).to(x.dtype)
+        b_parts = [each.to(x.dtype) for each in b_parts]
+        low = x.reshape(-1, x.shape[-1]) @ a.t()
+        ctx.ranks, outputs = [len(each) for each in a_parts], []
+        for weight, bias, b, scaling, part in zip(
+            weights, biases, b_parts, scalings, _columns(low, ctx.ranks), strict=True
+        ):
+            output = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+            output.view(-1, len(weight)).addmm_(part, b.t(), alpha=scaling)
+            outputs.append(output)
+        ctx.scalings, ctx.dtypes = scalings, [None if each is None else each.dtype for each in given]
+        ctx.save_for_backward(x, a, low, *weights, *b_parts)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, low = ctx.saved_tensors
-        (gradient,) = gradients
-        needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
-        low_grad = torch.addmm(low, gradient, b, beta=0, alpha=ctx.scaling)
-        x_grad = None
-        if needs_x:
-            x_grad = gradient @ weight
-            x_grad.addmm_(low_grad, a)
-        b_grad = torch.addmm(b, gradient.t(), low, beta=0, alpha=ctx.scaling) if needs_b else None
-        return (
-            x_grad,
-            gradient.t() @ x if needs_weight else None,
-            gradient.sum(0).to(ctx.bias_dtype) if needs_bias else None,
-            low_grad.t() @ x if needs_a else None,
-            b_grad,
-            None,
-        )
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, a, low, *rest = ctx.saved_tensors
+        num_parts, needs_x = len(ctx.ranks), ctx.needs_input_grad[0]
+        weights, b_parts = rest[:num_parts], rest[num_parts:]
+        whole = all(each is not None for each in gradients)
+        low_grad = torch.empty_like(low) if whole else torch.zeros_like(low)
+        x_rows, x_grad = x.reshape(-1, x.shape[-1]), None
+        found: list[Tensor | None] = [None] * (4 * num_parts)
+        columns = zip(_columns(low, ctx.ranks), _columns(low_grad, ctx.ranks), strict=True)
+        for at, (part, part_grad) in enumerate(columns):
+            gradient, weight, b, scaling = gradients[at], weights[at], b_parts[at], ctx.scalings[at]
+            if gradient is None:
+                continue
+            needs_weight, needs_bias, _, needs_b = ctx.needs_input_grad[2 + 4 * at : 6 + 4 * at]
+            rows = gradient.reshape(-1, len(weight))
+            torch.addmm(part, rows, b, beta=0, alpha=scaling, out=part_grad)
+            if needs_x:
+                x_grad = rows @ weight if x_grad is None else x_grad.addmm_(rows, weight)
+            found[4 * at] = rows.t() @ x_rows if needs_weight else None
+            found[4 * at + 1] = rows.sum(0) if needs_bias else None
+            found[4 * at + 3] = torch.addmm(b, rows.t(), part, beta=0, alpha=scaling) if needs_b else None
+        if x_grad is not None:
+            x_grad = x_grad.addmm_(low_grad, a).view(x.shape)
+        if any(ctx.needs_input_grad[4::4]):
+            a_grad, start = low_grad.t() @ x_rows, 0
+            for at, rank in enumerate(ctx.ranks):
+                found[4 * at + 2] = None if gradients[at] is None else a_grad[start : start + rank]
+                start += rank
+        dtypes = zip(found, ctx.dtypes, strict=True)
+        return x_grad, None, *(None if each is None else each.to(dtype) for each, dtype in dtypes)
+
+
+def _columns(low: Tensor, ranks: list[int]) -> tuple[Tensor, ...]:
+    """Each part's columns of `low`."""
+    return (low,) if len(ranks) == 1 else low.split(ranks, 1)

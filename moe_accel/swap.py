@@ -16,7 +16,8 @@ def is_bare(part: Any) -> bool:
 
     Any other function is bare.
     """
-    return "forward" not in getattr(part, "__dict__", ()) and not any(getattr(part, hooks, None) for hooks in HOOKS)
+    own = getattr(part, "__dict__", ())
+    return "forward" not in own and not any(own.get(hooks) for hooks in HOOKS) if own else True
 
 
 def become(module: Any, kind: type) -> None:

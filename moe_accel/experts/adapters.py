@@ -11,6 +11,7 @@ PEFT's shapes, of E experts: `lora_A.weight` [E * r, in], expert by expert; `lor
 Sizes: E experts, e experts of this rank, r rank (of all active adapters together).
 """
 
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,12 +35,62 @@ class Factors(NamedTuple):
     Attributes:
         a: [e,in,r].
         b: [e,r,out].
-        joined: memory of the weights with room for the two; None where they have none.
+        joined: memory of the weights that the two lie in; None where they have memory of their own.
+        source: what they are written there from, once more in backward where another forward took the place.
     """
 
     a: Tensor
     b: Tensor
     joined: Joined | None = None
+    source: "Source | None" = None
+
+
+class Source:
+    """PEFT's parameters of the active adapters, as they are now, and how factors are made of them.
+
+    Args:
+        given: A and B of each adapter by turns, in PEFT's shapes.
+        scalings: of each.
+        num_experts: E.
+        local: the experts of this rank.
+    """
+
+    def __init__(self, given: list[Tensor], scalings: list[float], num_experts: int, local: slice):
+        self.given, self.scalings, self.num_experts, self.local = given, scalings, num_experts, local
+        self.versions = [each._version for each in given]
+        self.ranks = [each.shape[0] // num_experts for each in given[::2]]
+        self.padded = sum(self.ranks) + -sum(self.ranks) % ALIGNED
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, float, slice]]:
+        """A, B, scaling and place among the ranks of each adapter."""
+        start = 0
+        for a, b, rank, scaling in zip(self.given[::2], self.given[1::2], self.ranks, self.scalings, strict=True):
+            yield a, b, scaling, slice(start, start + rank)
+            start += rank
+
+    def write(self, a: Tensor, b: Tensor) -> None:
+        """Write the factors into a [e,in,r] and b [e,r,out].
+
+        Raises:
+            RuntimeError: the parameters were changed in place since this was made: backward would be of other ones.
+        """
+        if self.versions != [each._version for each in self.given]:
+            raise RuntimeError("an adapter was changed in place between a forward pass and its backward pass")
+        if self.padded > sum(self.ranks):
+            a[:, :, sum(self.ranks) :].zero_()
+            b[:, sum(self.ranks) :].zero_()
+        for a_given, b_given, scaling, part in self.parts():
+            rank = part.stop - part.start
+            a[:, :, part].copy_(a_given.view(self.num_experts, rank, -1)[self.local].transpose(1, 2))
+            of_experts = b_given.view(-1, rank, self.num_experts)[..., self.local].permute(2, 1, 0)
+            torch.mul(of_experts, scaling, out=b[:, part])
+
+    def is_same(self, other: "Source") -> bool:
+        """Whether the other would write the same."""
+        mine = self.versions, self.scalings, self.num_experts, self.local
+        of_other = other.versions, other.scalings, other.num_experts, other.local
+        same_tensors = len(self.given) == len(other.given) and all(map(operator.is_, self.given, other.given))
+        return same_tensors and mine == of_other
 
 
 ALIGNED = 8
@@ -129,6 +180,7 @@ def factors(
 
     Returns:
         [e,in,r] and [e,r,out] in the dtype that autocast says, or of the weights; None where no adapter is active.
+        Within `joined` where the weights are there and have room: to be read before another forward of the module.
     """
     note = module.__dict__.get("_moe_accel_adapters", {}).get(parameter)
     if note is None or not note[1]:
@@ -139,9 +191,15 @@ def factors(
     given = []
     for name in names:
         given += [wrapper.lora_A[name].weight, wrapper.lora_B[name].weight]
-    scalings = [wrapper.scaling[name] for name in names]
-    a, b = _Factors.apply(dtype, module.num_experts, ep_rank, ep_size, scalings, *given)  # pyright: ignore
-    return Factors(a, b, joined.get(parameter))
+    count = module.num_experts // ep_size
+    local = slice(ep_rank * count, (ep_rank + 1) * count)
+    source = Source(given, [wrapper.scaling[name] for name in names], module.num_experts, local)
+    place = joined.get(parameter)
+    if place is not None:
+        matrix = weight if module.is_transposed else weight.transpose(1, 2)
+        place = place if place.holds(matrix, source.padded, dtype) else None
+    a, b = _Factors.apply(dtype, ep_size, source, place, *given)  # pyright: ignore[reportGeneralTypeIssues]
+    return Factors(a, b, place, source)
 
 
 def active_ranks(model: nn.Module) -> Iterator[tuple[Any, str, int]]:
@@ -158,47 +216,34 @@ class _Factors(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        dtype: torch.dtype,
-        num_experts: int,
-        ep_rank: int,
-        ep_size: int,
-        scalings: list[float],
-        *given: Tensor,
+        ctx: Any, dtype: torch.dtype, ep_size: int, source: Source, place: Joined | None, *given: Tensor
     ) -> tuple[Tensor, Tensor]:
-        count = num_experts // ep_size
-        ctx.local = slice(ep_rank * count, (ep_rank + 1) * count)
-        ctx.num_experts, ctx.ep_size, ctx.scalings = num_experts, ep_size, scalings
-        ctx.like = [(each.shape, each.dtype) for each in given]
-        ranks = [each.shape[0] // num_experts for each in given[::2]]
-        padded = sum(ranks) + -sum(ranks) % ALIGNED
-        a_eri = given[0].new_zeros(count, padded, given[0].shape[1], dtype=dtype)
-        b_ero = given[1].new_zeros(count, padded, given[1].shape[0], dtype=dtype)
-        ctx.parts, start = [], 0
-        for a, b, rank, scaling in zip(given[::2], given[1::2], ranks, scalings, strict=True):
-            part = slice(start, start + rank)
-            a_eri[:, part] = a.view(num_experts, rank, -1)[ctx.local]
-            torch.mul(b.view(-1, rank, num_experts)[..., ctx.local].permute(2, 1, 0), scaling, out=b_ero[:, part])
-            ctx.parts.append(part)
-            start += rank
+        ctx.ep_size, ctx.source = ep_size, source
+        if place is not None:
+            place.hold(source)
+            return place.a, place.b
+        count = source.local.stop - source.local.start
+        a_eri = given[0].new_empty(count, source.padded, given[0].shape[1], dtype=dtype)
+        b_ero = given[1].new_empty(count, source.padded, given[1].shape[0], dtype=dtype)
+        source.write(a_eri.transpose(1, 2), b_ero)
         return a_eri.transpose(1, 2), b_ero
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        a_grad, b_grad = gradients[0].transpose(1, 2), gradients[1]
-        found: list[Tensor | None] = [None] * 5
-        new = torch.empty if ctx.ep_size == 1 else torch.zeros  # of the other ranks' experts: nothing
-        for at, (part, scaling) in enumerate(zip(ctx.parts, ctx.scalings, strict=True)):
-            (a_shape, a_dtype), (b_shape, b_dtype) = ctx.like[2 * at : 2 * at + 2]
+        a_grad, b_grad, source = gradients[0].transpose(1, 2), gradients[1], ctx.source
+        found: list[Tensor | None] = [None] * 4
+        new = torch.empty_like if ctx.ep_size == 1 else torch.zeros_like  # of the other ranks' experts: nothing
+        for a_given, b_given, scaling, part in source.parts():
             rank = part.stop - part.start
-            a = new(a_shape, dtype=a_dtype, device=a_grad.device)
-            b = new(b_shape, dtype=b_dtype, device=b_grad.device)
-            torch.mul(a_grad[:, part], float(ctx.ep_size), out=a.view(ctx.num_experts, rank, -1)[ctx.local])
-            torch.mul(
-                b_grad[:, part].permute(2, 1, 0),
-                scaling * ctx.ep_size,
-                out=b.view(-1, rank, ctx.num_experts)[..., ctx.local],
-            )
+            if ctx.ep_size == 1 and rank == source.padded:
+                a = a_grad.reshape(a_given.shape).to(a_given.dtype)
+            else:
+                a = new(a_given, memory_format=torch.contiguous_format)
+                of_experts = a.view(source.num_experts, rank, -1)[source.local]
+                torch.mul(a_grad[:, part], float(ctx.ep_size), out=of_experts)
+            b = new(b_given, memory_format=torch.contiguous_format)
+            of_experts = b.view(-1, rank, source.num_experts)[..., source.local]
+            torch.mul(b_grad[:, part].permute(2, 1, 0), scaling * ctx.ep_size, out=of_experts)
             found += [a, b]
         return tuple(found)

@@ -17,6 +17,7 @@ from moe_accel.dispatch import Dispatcher
 from moe_accel.experts.adapters import active_ranks, factors
 from moe_accel.experts.beside import Beside
 from moe_accel.experts.fused import fused_experts
+from moe_accel.experts.gated import why_not_gated
 from moe_accel.experts.joined import Joined, join
 from moe_accel.experts.reference import reference_experts
 from moe_accel.experts.replay import Record, Records, in_backward
@@ -179,7 +180,8 @@ def _compute(
     if settings.apart and torch.is_grad_enabled():
         _join(module, settings)
     ep = settings.ep_rank, settings.ep_size
-    up, down = (factors(module, name, *ep, settings.joined) for name in projections(module))
+    joined = settings.joined if settings.joined and why_not_gated(module) is None else {}
+    up, down = (factors(module, name, *ep, joined) for name in projections(module))
     if settings.kernels == "reference" or routing is None:
         return reference_experts(module, x, choices, weights, norm_scale, (up, down))
     how: Any = (module, x, routing, weights, norm_scale, (up, down), settings.lean)

@@ -30,7 +30,7 @@ from moe_accel.experts.gates import find_gate
 from moe_accel.experts.joined import Projection
 from moe_accel.experts.routing import LocalRouting
 from moe_accel.experts.weights import has_post_norm
-from moe_accel.kernels.device import as_autocast
+from moe_accel.kernels.device import as_autocast, without_autocast
 from moe_accel.kernels.glu import SWIGLU, ExpertBias, Gate, glu, glu_backward
 from moe_accel.kernels.grouped import TORCH, GroupedGemm
 from moe_accel.kernels.rows import RowMap, gather, sum_copies
@@ -87,12 +87,12 @@ def gated_experts(
     """
     x_, up, down = as_autocast(x, up, down)
     pairs, joined = [], []
-    for matrix, given in ((up, up_factors), (down, down_factors)):
-        a, b, place = Factors(*given) if given else (None, None, None)
+    for given in (up_factors, down_factors):
+        a, b, place, source = given or (None, None, None, None)
         pairs.append((a, b))
-        joined.append(place if place is not None and place.holds(matrix, a) else None)
+        joined.append(None if place is None else (place, source))
     places = routing.ends, routing.experts, *routing.rows
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         inner: Any = _Inner.apply
         a, down_low, carrier = inner(
             x_, up, down, weight_p, *pairs[0], *pairs[1], *biases, *places, tuple(joined), gate, lean, gemm
@@ -134,8 +134,8 @@ class _Inner(torch.autograd.Function):
         gemm,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.joined, ctx.gate, ctx.gemm, ctx.owner = joined, gate, gemm, object()
-        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), joined, ctx.owner, gemm)
+        ctx.joined, ctx.gate, ctx.gemm = joined, gate, gemm
+        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), joined, gemm)
         rows = gather(x, RowMap(sources, copies, starts), to_u.tail)
         up_low = to_u.low(rows, ends)
         u, u_more = to_u.product(rows, up_low, ends)
@@ -143,6 +143,8 @@ class _Inner(torch.autograd.Function):
         a = _activate(u, weight_p, u_more, gate, up_bias, experts, to_y.tail)
         del u_more
         down_low = to_y.low(a, ends)
+        up_a, up_b = (up_a, up_b) if joined[0] is None else (None, None)  # in backward as in `_projections`
+        down_a, down_b = (down_a, down_b) if joined[1] is None else (None, None)
         factors = up_a, up_b, up_low, down_a, down_b, down_low
         places = ends, experts, sources, copies, starts
         ctx.save_for_backward(x, up, down, weight_p, None if lean else u, *factors, up_bias, down_bias, *places)
@@ -161,7 +163,9 @@ class _Inner(torch.autograd.Function):
         needs_x, needs_up, needs_down, needs_weight, *needs_factors = ctx.needs_input_grad[:8]
         needs_up_bias, needs_down_bias = ctx.needs_input_grad[8:10]
         gemm: GroupedGemm = ctx.gemm
-        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), ctx.joined, ctx.owner, gemm)
+        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), ctx.joined, gemm)
+        factors: Any = to_u.a, to_u.b, to_y.a, to_y.b
+        up_a, up_b, down_a, down_b = factors
         of_u, of_y = to_u.transposed(), to_y.transposed()
         rows = None
         if u is None:
@@ -237,7 +241,7 @@ class _Outer(torch.autograd.Function):
         joined,
         gemm,
     ) -> Tensor:
-        whole = None if joined is None else joined.whole
+        whole = None if joined is None else joined[0].whole
         y, y_more = Projection(gemm, down, down_a, down_b, whole).product(a, down_low, ends)
         y = sum_copies(y, copies, starts, y_more)
         if down_bias is None:
@@ -251,20 +255,17 @@ class _Outer(torch.autograd.Function):
 
 
 def _projections(
-    up: Tensor,
-    down: Tensor,
-    of_up: tuple[Any, Any],
-    of_down: tuple[Any, Any],
-    joined: Any,
-    owner: Any,
-    gemm: GroupedGemm,
+    up: Tensor, down: Tensor, of_up: tuple[Any, Any], of_down: tuple[Any, Any], joined: Any, gemm: GroupedGemm
 ) -> tuple[Projection, Projection]:
-    """The two projections, with the adapters of `owner` in their places."""
+    """The two projections, with their adapters in their places."""
     found = []
-    for matrix, (a, b), place in zip((up, down), (of_up, of_down), joined, strict=True):
-        if place is not None:
-            place.write(a, b, owner)
-        found.append(Projection(gemm, matrix, a, b, None if place is None else place.whole))
+    for matrix, (a, b), within in zip((up, down), (of_up, of_down), joined, strict=True):
+        if within is None:
+            found.append(Projection(gemm, matrix, a, b))
+            continue
+        place, source = within
+        place.hold(source)
+        found.append(Projection(gemm, matrix, place.a, place.b, place.whole))
     return found[0], found[1]
 
 

@@ -4,8 +4,10 @@
     [ B  . ]   and backward is the same of the transposed:     [g, g @ B.T] @ [W.T ; A.T]
 
 The two are added in the GEMM's own fp32 sums: nothing of [P,out] is written twice, and no adapter is rounded away
-beside what it is added to. W stays the model's parameter, a view of the whole; A and B, a few MB, are written before
-each product. Only frozen weights that this rank has whole are joined: FSDP gathers parameters into memory of its own.
+beside what it is added to. W stays the model's parameter, a view of the whole; A and B, a few MB, are written there
+from PEFT's parameters in each forward and nowhere else: backward and recompute find them, or write them again where
+another forward has written its own since. Only frozen weights that this rank has whole are joined: FSDP gathers
+parameters into memory of its own.
 Before a state dict is made the weights leave it, as safetensors wants whole memory, and the next training forward joins
 them again.
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moe_accel.experts.replay import in_backward
 from moe_accel.kernels.grouped import GroupedGemm, takes_torch_grouped_mm
 
 
@@ -39,38 +42,49 @@ class Joined:
         else:
             self.whole = matrix.new_empty(count, inner + rank, outer + rank)
         self.matrix.copy_(matrix)
-        self._held: object = None
+        self._where = _where(self.matrix)
+        self._held: Any = None
 
     @property
     def matrix(self) -> Tensor:
         """[e,A,B], a view."""
         return self.whole[:, : self.shape[0], : self.shape[1]]
 
+    @property
+    def a(self) -> Tensor:
+        """[e,A,r], the memory beside, and nothing that autograd knows."""
+        return self.whole[:, : self.shape[0], self.shape[1] :].data
+
+    @property
+    def b(self) -> Tensor:
+        """[e,r,B], likewise."""
+        return self.whole[:, self.shape[0] :, : self.shape[1]].data
+
     def leave(self, module: Any, name: str) -> bool:
         """Give the parameter memory of its own again; False where it has that already."""
         parameter: nn.Parameter = getattr(module, name)
         matrix = parameter.detach() if module.is_transposed else parameter.detach().transpose(1, 2)
-        if not self._is(matrix):
+        if _where(matrix) != self._where:
             return False
         parameter.data = parameter.detach().contiguous()
         return True
 
-    def holds(self, matrix: Tensor, a: Any) -> bool:
-        """Whether these weights are still the ones here, and an adapter with A [e,A,r] has its place."""
-        return self._is(matrix) and a.shape[2] == self.rank and a.dtype == matrix.dtype
+    def holds(self, matrix: Tensor, rank: int, dtype: torch.dtype) -> bool:
+        """Whether these weights are still the ones here, and an adapter of this padded rank and dtype has its place."""
+        return rank == self.rank and dtype == self.whole.dtype and _where(matrix) == self._where
 
-    def _is(self, matrix: Tensor) -> bool:
-        view = self.matrix
-        return (matrix.data_ptr(), matrix.stride(), matrix.dtype) == (view.data_ptr(), view.stride(), view.dtype)
+    def hold(self, source: Any) -> None:
+        """Have the A and B of a `Source` beside the weights."""
+        if self._held is not source:
+            known = in_backward() and self._held is not None and self._held.is_same(source)
+            if not known:
+                self._held = None
+                source.write(self.a, self.b)
+            self._held = source
 
-    def write(self, a: Tensor, b: Tensor, owner: object) -> None:
-        """Put A [e,A,r] and B [e,r,B] beside the weights, unless `owner`'s are there."""
-        if self._held is owner:
-            return
-        inner, outer = self.shape
-        self.whole[:, :inner, outer:].copy_(a)
-        self.whole[:, inner:, :outer].copy_(b)
-        self._held = owner
+
+def _where(matrix: Tensor) -> tuple[Any, ...]:
+    return matrix.data_ptr(), matrix.stride(), matrix.dtype
 
 
 class Projection(NamedTuple):

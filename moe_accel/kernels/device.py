@@ -4,6 +4,7 @@
 """
 
 import os
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -119,6 +120,12 @@ def capability(device: torch.device) -> tuple[int, int]:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast multiplies on a device; None where it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def without_autocast(device: torch.device) -> Any:
+    """A context in which products of a device are computed as they are; free where they are anyway."""
+    is_on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
 def as_autocast(*operands: Tensor) -> tuple[Tensor, ...]:

@@ -222,6 +222,9 @@ def test_rms_norm_and_its_backward(num_rows, width, tile, offset):
         scale = float(other.abs().max())
         # differences of sums of `width` products, and sums over rows, in another order
         torch.testing.assert_close(one, other, rtol=0, atol=64 * EPSILON * max(1.0, scale))
+    frozen, none = rms_norm.normalise_backward(gradient, x, weight, inverse, offset, of_weight=False)
+    assert torch.equal(frozen, found[0])
+    assert none is None
 
 
 def test_sums_of_more_programs_than_are_added_at_once():
@@ -287,3 +290,6 @@ def test_rms_norm_of_strided_rows_and_its_backward():
     torch.testing.assert_close(found, expected, rtol=16 * EPSILON, atol=EPSILON)
     for one, other in zip(torch.autograd.grad(found, leaves, gradient), expected_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=64 * EPSILON * max(1.0, float(other.abs().max())))
+    weight.requires_grad_(False)  # as with LoRA
+    x_grad = torch.autograd.grad(rms_norm.rms_norm(leaves[0], weight, 1e-6), leaves[0], gradient)[0]
+    torch.testing.assert_close(x_grad, expected_gradients[0], rtol=0, atol=64 * EPSILON * float(x_grad.abs().max()))

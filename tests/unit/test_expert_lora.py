@@ -27,7 +27,8 @@ def test_losses_and_gradients_are_those_of_peft(family):
     assert any("experts" in name for name in expected[1])
     assert all("lora_" in name for name in expected[1])
     # twice: a looped family (inkling2_loop) passes through its layers more than once, others have three
-    assert_same(training(prepared(model), family), expected, 2 * TOLERANCE)
+    # and as much again: q, k and v are multiplied by their A in one product, and summed in other orders
+    assert_same(training(prepared(model), family), expected, 4 * TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

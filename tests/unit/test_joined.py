@@ -1,6 +1,7 @@
 """Adapters in the GEMMs of the weights they belong to: PEFT's numbers, and nothing left behind when weights move."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,18 @@ def test_another_adapter_may_run_between_forward_and_backward(everywhere, used):
     assert all(used)
 
 
+def test_an_adapter_changed_between_forward_and_backward_is_an_error_where_its_place_was_taken(everywhere):
+    ours: Any = prepared(adapted())
+    loss = tiny_loss(ours, tiny_inputs("qwen3_moe"))
+    with torch.no_grad():
+        for name, each in ours.named_parameters():
+            if "experts" in name and "lora_B" in name:
+                each.mul_(2)
+    tiny_loss(ours, tiny_inputs("qwen3_moe"))
+    with pytest.raises(RuntimeError, match="changed in place between a forward pass and its backward pass"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("how", ["replaced", "moved", "rank"])
 def test_weights_that_are_elsewhere_now_are_computed_beside(how, everywhere, used):
     model = adapted()
@@ -171,7 +184,7 @@ def test_rows_of_a_joined_projection_and_of_its_transpose(transposed):
     )
     place = Joined(matrix.mT.contiguous().mT if transposed else matrix, 2)
     assert place.matrix.stride(1 if transposed else 2) == 1
-    place.write(a, b, owner := object())
+    place.hold(of := SimpleNamespace(write=lambda to_a, to_b: (to_a.copy_(a), to_b.copy_(b))))
     ends = torch.tensor([4, 4, 9], dtype=torch.int32)
     index = torch.tensor([0] * 4 + [2] * 5)
     projection = Projection(TORCH, place.matrix, a, b, place.whole)
@@ -181,7 +194,8 @@ def test_rows_of_a_joined_projection_and_of_its_transpose(transposed):
         out, more = each.product(rows, each.low(rows, ends), ends)
         assert more is None
         torch.testing.assert_close(out, expected)
-    place.write(a + 1, b, owner)  # the owner's are there already
+    of.write = lambda *_: pytest.fail("they are there already")
+    place.hold(of)
     assert torch.equal(place.whole[:, :5, 7:], a)
 
 

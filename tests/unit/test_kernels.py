@@ -134,6 +134,11 @@ COMPILED = {
             strict=True,
         )
     },
+    "rms norm backward, frozen": (
+        rms_norm._backward_kernel,
+        ["*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "i32"],
+        {"OF_WEIGHT": False, "offset": 0.0} | rms_norm._constants(rms_norm.tiles(2048)[1], 2048),
+    ),
     "rms norm's sum": (
         rms_norm._sum_kernel,
         ["*fp32", "*bf16", "i32"],

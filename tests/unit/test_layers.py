@@ -19,7 +19,7 @@ PACKAGE = Path(moe_accel.__file__).parent
 LAYERS = [
     {"version", "errors"},
     {"config", "hooks", "versions", "report", "swap"},
-    {"mesh", "kernels", "cpu", "environment", "ranks"},
+    {"mesh", "kernels", "cpu", "environment", "ranks", "siblings"},
     {"padding"},
     {"dispatch", "convert"},
     {"experts", "adapters"},

@@ -22,9 +22,13 @@ def test_values_and_gradients_are_those_of_finite_differences():
     given = [
         torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes.values()
     ]
-    assert torch.autograd.gradcheck(lambda *each: lora.lora_linear(*each, 1.5), given)
+
+    def computed(x, *part):
+        return lora.lora_linears(x, [lora.Part(*part, 1.5)])[0]
+
+    assert torch.autograd.gradcheck(computed, given)
     x, weight, bias, a, b = given
-    torch.testing.assert_close(lora.lora_linear(*given, 1.5), x @ weight.T + bias + 1.5 * (x @ a.T @ b.T))
+    torch.testing.assert_close(computed(*given), x @ weight.T + bias + 1.5 * (x @ a.T @ b.T))
 
 
 def layer(bias=True, **options):
@@ -39,7 +43,7 @@ def both(model, change=lambda _model: None, autocast=False, dtype=torch.float32)
     """Output and gradients, by PEFT and by us; and whether ours was used."""
     found = []
     used = []
-    original = lora.lora_linear
+    original = lora.lora_linears
     for ours in (False, True):
         each = copy.deepcopy(model)
         if ours:
@@ -47,12 +51,12 @@ def both(model, change=lambda _model: None, autocast=False, dtype=torch.float32)
         change(each)
         x = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
         torch.manual_seed(5)  # of dropout
-        lora.lora_linear = lambda *args: (used.append(1), original(*args))[1]
+        lora.lora_linears = lambda *args: (used.append(1), original(*args))[1]
         try:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 output = each.base_model.model["linear"](x)
         finally:
-            lora.lora_linear = original
+            lora.lora_linears = original
         output.float().square().sum().backward()
         gradients = {name: p.grad for name, p in each.named_parameters() if p.grad is not None}
         found.append({"output": output.detach(), "x": x.grad, **gradients})
