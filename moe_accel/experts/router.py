@@ -125,7 +125,7 @@ class _FusedRouter(nn.Module):
         x, *given = args
         weight = proof.logits.weight(self)
         dtype = proof.dtypes.get((x.dtype, weight.dtype, autocast_dtype(x.device), x.ndim))
-        plain = type(weight) in (Tensor, nn.Parameter) and all(type(each) is Tensor for each in (x, *given))
+        plain = all(type(each) in (Tensor, nn.Parameter) for each in (x, weight, *given))
         if dtype is None or not (plain and use_triton(x) and proof.holds(self)):
             return super().forward(*args)
         return proof.outputs(self, x, tuple(given), dtype)
