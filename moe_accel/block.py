@@ -1,10 +1,11 @@
-"""The rest of a block: norms and rotary embeddings that are provably the usual ones are computed by our kernels.
+"""The rest of a block: norms, rotary embeddings and routers that are provably the usual ones compute by our kernels.
 
 Provably: before anything is replaced, the model's own function and ours get the same random numbers on the CPU, and
-must agree. A norm or rotation of another kind stays as it is.
+must agree. A norm, rotation or router of another kind stays as it is.
 """
 
 import inspect
+import re
 import sys
 import types
 from contextvars import ContextVar
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_accel.experts.router_proof import fuse_router
 from moe_accel.hooks import wrap
 from moe_accel.kernels.device import HAS_TRITON, use_triton
 from moe_accel.kernels.rms_norm import normalise_torch, rms_norm
@@ -21,18 +23,48 @@ from moe_accel.report import Choice
 from moe_accel.swap import become
 
 ROTATION = "apply_rotary_pos_emb"
+ROUTERS = r"(Router|MoE\w*Gate)$"
+"""Classes to try."""
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _in_fused_attention: ContextVar[bool] = ContextVar("in_fused_attention", default=False)
 
 
-def install(model: nn.Module, device: torch.device) -> Choice:
-    """Replace the norms and rotations of a model that is trained on `device`; returns what was done and why."""
+def install(model: nn.Module, device: torch.device, precision: str = "no") -> Choice:
+    """Replace the norms, rotations and routers of a model that is trained on `device`.
+
+    Args:
+        model: the transformers model.
+        device: where it is trained.
+        precision: accelerate's mixed_precision, under whose autocast forward will run.
+
+    Returns:
+        What was done and why.
+    """
     if device.type != "cuda" or not HAS_TRITON:
         return Choice("native", f"kernels need {'triton' if device.type == 'cuda' else 'a GPU'}")
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     fused = [module for module in norms if fuse_norm(module)]
     turned = fuse_rotations(model)
+    num_routed, routers = fuse_routers(model, AUTOCAST.get(precision))
     said = f"{len(fused)} of {len(norms)} norms, rotary embeddings {'too' if turned else 'of their own kind stay'}"
-    return Choice("fused" if fused or turned else "native", said)
+    return Choice("fused" if fused or turned or num_routed else "native", f"{said}, {routers}")
+
+
+def fuse_routers(model: nn.Module, autocast: torch.dtype | None) -> tuple[int, str]:
+    """Let the routers of one model compute with the kernels, where they are proven to; returns how many do, and words.
+
+    A router that is a part of its block's forward cannot be replaced.
+    """
+    routers = [module for module in model.modules() if re.search(ROUTERS, type(module).__name__)]
+    proofs = [(type(module).__name__, fuse_router(module)) for module in routers]
+    staying = sorted({name for name, proof in proofs if proof is None})
+    rounding = sorted({name for name, proof in proofs if proof is not None and not proof.computes(autocast)})
+    said = [f"{', '.join(staying)} of its own kind stays"] if staying else []
+    said += [f"{', '.join(rounding)} stays under autocast"] if rounding else []
+    num_fused = sum(proof is not None and proof.computes(autocast) for _, proof in proofs)
+    if not routers:
+        return 0, "routers inside of their blocks stay"
+    return num_fused, f"{num_fused} of {len(routers)} routers{': ' + ', '.join(said) if said else ''}"
 
 
 def fuse_norm(module: Any) -> bool:

@@ -126,7 +126,7 @@ def _triton() -> Iterator[Part]:
     from moe_accel.kernels.device import HAS_TRITON
 
     on_gpu = torch.cuda.is_available()
-    what = "kernels around the grouped GEMMs, norms, rotary embeddings, loss"
+    what = "kernels around the grouped GEMMs, norms, rotary embeddings, routers, loss"
     if not HAS_TRITON:
         yield Part("triton", "", False, on_gpu, f"not there: {what} run as plain torch", "pip install triton")
     else:

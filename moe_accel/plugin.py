@@ -224,7 +224,7 @@ def choose_rest(kernels: Choice, model: nn.Module, accelerator: Accelerator) -> 
     dynamo: Any = getattr(accelerator.state, "dynamo_plugin", None)
     compiled = dynamo is not None and dynamo.backend != DynamoBackend.NO
     return {
-        "block": block.install(model, accelerator.device),
+        "block": block.install(model, accelerator.device, accelerator.mixed_precision),
         "loss": loss.install(model, accelerator.mixed_precision),
         "padding": padding.install(model, config.padding_free, compiled),
     }

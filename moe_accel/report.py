@@ -30,7 +30,7 @@ class Report:
         num_local_experts: those of them on each rank.
         dispatcher: transport of tokens.
         kernels: how a rank computes.
-        block: how norms and rotary embeddings are computed.
+        block: how norms, rotary embeddings and routers are computed.
         loss: how the loss of `labels=` is computed.
         padding: whether padding is computed in training.
         num_expert_parameters: elements of all experts of the whole model.

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_accel.kernels import cross_entropy, device, glu, rms_norm, rope, rows, sort, squared_relu
+from moe_accel.kernels import cross_entropy, device, glu, rms_norm, rope, router, rows, sort, squared_relu
+from tests.unit.router_rules import RULES
 
 SHARED_BYTES = 227 * 1024  # of a block on sm_90
 
@@ -20,8 +21,8 @@ needs_triton = pytest.mark.skipif(not device.HAS_TRITON, reason="needs triton")
 
 @needs_triton
 def test_kernels_equal_their_plain_forms_on_the_interpreter():
-    file = Path(__file__).with_name("interpreted_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(file)]
+    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("kernels", "router")]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -71,6 +72,16 @@ COMPILED_GATES = {
     " of gpt-oss, of two": (torch.empty(0), BIAS, glu.Gate(1.702, limit=7.0, shift=1.0, interleaved=True), 2880),
     " of gelu": (None, None, glu.GELU_TANH, 704),
 }
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ROUTERS = [
+    ("qwen3", "bf16"),
+    ("qwen3", "fp32"),
+    ("olmoe", "bf16"),
+    ("mixtral", "bf16"),
+    ("deepseek-v3", "fp32"),
+    ("nemotron", "fp32"),
+    ("most", "fp32"),
+]
 COMPILED = {
     **{
         f"sum{name}": (
@@ -105,6 +116,19 @@ COMPILED = {
                 )
                 for dropping, drops in (("", False), (" or drop", True))
             ),
+        )
+    },
+    **{
+        f"router{way} of {name} in {dtype}": (kernel, types, {**more, **router.constants(*RULES[name][:2])})
+        for name, dtype in ROUTERS
+        for way, kernel, types, more in (
+            (
+                "",
+                router._forward_kernel,
+                [f"*{dtype}", "*fp32", f"*{dtype}", "*i64", "*fp32", "i32"],
+                router.of_choice(RULES[name][0], DTYPES[dtype], RULES[name][2]),
+            ),
+            (" backward", router._backward_kernel, [f"*{dtype}", "*fp32", "*i64", f"*{dtype}", f"*{dtype}", "i32"], {}),
         )
     },
     "softmax gradient": (

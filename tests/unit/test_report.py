@@ -16,7 +16,7 @@ REPORT = Report(
     num_local_experts="32",
     dispatcher=Choice("alltoall", "auto: it needs nothing but torch.distributed"),
     kernels=Choice("fused", "auto: grouped GEMMs for bf16 on this GPU"),
-    block=Choice("fused", "193 of 193 norms, rotary embeddings too"),
+    block=Choice("fused", "193 of 193 norms, rotary embeddings too, 48 of 48 routers"),
     loss=Choice("fused", "output layer and cross-entropy together"),
     padding=Choice("left out", "in training with labels"),
     num_expert_parameters=28_991_029_248,
@@ -29,7 +29,7 @@ moe-accel {VERSION}: Qwen3MoeForCausalLM
   experts     48 of 48 layers of Qwen3MoeExperts: 128 experts, 32 on each rank
   dispatcher  alltoall (auto: it needs nothing but torch.distributed)
   kernels     fused (auto: grouped GEMMs for bf16 on this GPU)
-  block       fused (193 of 193 norms, rotary embeddings too)
+  block       fused (193 of 193 norms, rotary embeddings too, 48 of 48 routers)
   loss        fused (output layer and cross-entropy together)
   padding     left out (in training with labels)
   trainable   29 B of 29 B expert parameters

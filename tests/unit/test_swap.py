@@ -31,6 +31,7 @@ def prepared(adapters):
     norms = [each for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
     assert all(map(block.fuse_norm, norms))
     block.fuse_rotations(inner)
+    assert block.fuse_routers(inner, None) == (2, "2 of 2 routers")
     return model
 
 
