@@ -225,7 +225,8 @@ def _tensors(block: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _meta(tensor: Tensor) -> Tensor:
-    made = torch.empty_like(tensor, device="meta").detach()
+    """One of its shape and dtype, and nothing read of it: weights may still be in their files."""
+    made = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return made.requires_grad_(isinstance(tensor, nn.Parameter) and made.is_floating_point())
 
 

@@ -10,7 +10,7 @@ from moe_accel import MoEConfig, expert_lora_config, experts, plugin
 from moe_accel.errors import UnsupportedModelError
 from moe_accel.report import short
 from tests.families import available_families, build_tiny, experts_modules
-from tests.unit.expert_adapters import RANK, adapted, assert_same, prepared, training
+from tests.unit.expert_adapters import RANK, TOLERANCE, adapted, assert_same, prepared, training
 
 LANGUAGE = available_families()
 
@@ -39,7 +39,8 @@ def test_the_config_for_a_family_reaches_every_expert_and_no_router(family):
 def test_the_router_is_adapted_where_it_is_asked_for():
     model = adapted(router=True)
     assert any("mlp.gate" in name for name, _ in model.named_parameters() if "lora_A" in name)
-    assert_same(training(prepared(model), "qwen3_moe"), training(model, "qwen3_moe"))
+    # 4: as in test_expert_lora; beside fp64, PEFT's own gradient of the router is off by 1.6e-5 and ours by 0.2e-5
+    assert_same(training(prepared(model), "qwen3_moe"), training(model, "qwen3_moe"), 4 * TOLERANCE)
 
 
 def test_the_config_is_refused_where_nothing_is_left():

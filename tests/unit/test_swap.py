@@ -14,6 +14,7 @@ from peft import get_peft_model
 from moe_accel import MoEConfig, block, expert_lora_config
 from moe_accel.swap import become, own_class
 from tests.families import build_tiny, randomise, tiny_inputs
+from tests.unit.expert_adapters import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("new_accelerate_state")
 
@@ -50,6 +51,12 @@ def assert_same(found, expected):
         assert torch.equal(found[name], each), name
 
 
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each, rtol=0, atol=4 * TOLERANCE * each.abs().max().item(), msg=name)
+
+
 def saved(model, folder):
     torch.save(model, folder / "model.pt")
     return torch.load(folder / "model.pt", weights_only=False)
@@ -67,7 +74,10 @@ def test_a_copy_trains_with_the_same_numbers_and_with_weights_of_its_own(adapter
     classes = [[own_class(each) for each in one.modules()] for one in (other, model)]
     assert classes[0] == classes[1]
     assert [type(each) for each in other.modules()] == [type(each) for each in model.modules()]
-    assert_same(train_step(other), expected)
+    if adapters:  # a copy computes q, k and v apart: sums in another order
+        assert_close(train_step(other), expected)
+    else:
+        assert_same(train_step(other), expected)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()

@@ -9,6 +9,7 @@ import torch
 
 from moe_accel import experts, plugin
 from moe_accel.errors import ConfigError, DependencyError
+from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gated import gated_experts
 from moe_accel.experts.routing import sort_by_expert
 from moe_accel.kernels import te
@@ -82,7 +83,7 @@ def test_adapters_go_the_same_way(package, lean):
     weight_p = torch.rand(NUM_TOKENS * TOP_K, requires_grad=True)
     leaves, found = [x.requires_grad_(), weight_p, *factors], []
     for gemm in (TORCH, te.grouped_gemm(routing.sizes)):
-        how = (tuple(factors[:2]), tuple(factors[2:]))
+        how = (Factors(*factors[:2]), Factors(*factors[2:]))
         output = gated_experts(x, up, down, weight_p, routing, *how, lean=lean, gemm=gemm)
         found.append([output, *torch.autograd.grad(output.float().square().sum(), leaves)])
     assert sum(CALLS.values()) == 17 + lean
