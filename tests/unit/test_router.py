@@ -132,14 +132,15 @@ def test_errors_are_no_larger_than_native(family, dtype, fused):
 def test_what_a_router_computes_is_found_or_it_stays(family):
     model = build_tiny(family)
     found = {None if (proof := prove(module)) is None else str(proof.rule) for module in routers(model)}
-    assert found == (set() if family == "jamba" else {FUSED.get(family)})
+    rule = FUSED.get(family, "top 2 by softmax" if family == "jamba" else None)
+    assert found == ({rule} if routers(model) else set())  # Jamba's is in its block in 5.17, not in 5.24
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", available_families())
 def test_what_any_router_computes_is_found_or_it_stays(family):
     found = {None if (proof := prove(module)) is None else str(proof.rule) for module in routers(build_tiny(family))}
-    assert found <= {FUSED.get(family)}
+    assert found <= {FUSED.get(family, "top 2 by softmax" if family == "jamba" else None)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -355,5 +356,9 @@ SAID = {
 @pytest.mark.parametrize(("family", "precision"), SAID, ids=" ".join)
 def test_the_report_says_which_routers_are_fused(family, precision, monkeypatch):
     monkeypatch.setattr(block, "fuse_rotations", lambda model: False)  # of a file that other tests use
-    found = block.install(build_tiny(family), torch.device("cuda"), precision)
-    assert found.reason.endswith(f", rotary embeddings of their own kind stay, {SAID[family, precision]}")
+    model = build_tiny(family)
+    said = SAID[family, precision]
+    if family == "jamba" and routers(model):  # in transformers 5.24, not in 5.17
+        said = "2 of 2 routers"
+    found = block.install(model, torch.device("cuda"), precision)
+    assert found.reason.endswith(f", rotary embeddings of their own kind stay, {said}")
