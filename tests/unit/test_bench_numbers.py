@@ -29,7 +29,7 @@ def test_a_shape_has_the_parameters_of_the_released_model(name, parameters, flop
 
 
 def counted(model, tokens):
-    """Operations that torch counts, but for what makes the angles of rotary embeddings: a product in 5.17, not in 5.24."""
+    """Operations that torch counts, but for a product of 5.17, and not of 5.24: the angles of the rotary embedding."""
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens, labels=tokens).loss.backward()
     by_module = counter.get_flop_counts().items()
