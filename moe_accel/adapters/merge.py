@@ -28,7 +28,7 @@ from moe_accel.convert.job import is_whole
 from moe_accel.convert.layout import load_families
 from moe_accel.convert.lower import Place, batches, coalesce, lower_output
 from moe_accel.convert.regions import Output
-from moe_accel.convert.run import check_unchanged, checking_kept, locate, plan_id
+from moe_accel.convert.run import check_unchanged, checking_kept, file_sizes, locate, plan_id
 from moe_accel.convert.shards import INDEX, Shard, make_index, pack
 from moe_accel.convert.source import MANIFEST, Checkpoint, open_checkpoint
 from moe_accel.convert.target import Target, refuse_overlap, writing
@@ -114,10 +114,10 @@ def execute(job: Job, progress: Progress = silent) -> Report:
         MismatchError: what is read back is not what was written.
     """
     start = time.perf_counter()
-    target, checkpoint = Target(job.target, job.plan_id), job.checkpoint
+    target, checkpoint, index = Target(job.target, job.plan_id), job.checkpoint, _index(job)
     target.lock()
     try:
-        target.claim(_sizes(job), job.options.overwrite)
+        target.claim(file_sizes(checkpoint, job.shards, index), job.options.overwrite)
         for name in checkpoint.others:
             target.copy_in(checkpoint.other(name), name)
         kept, done = _write(job, target, progress)
@@ -129,7 +129,7 @@ def execute(job: Job, progress: Progress = silent) -> Report:
                 (job.target / shard.name).unlink(missing_ok=True)
             raise
         target.write(MANIFEST, _manifest(job, roles, total, done))
-        if index := _index(job):
+        if index:
             target.write(INDEX, index)
         target.remove_temporaries()
     finally:
@@ -144,15 +144,8 @@ def check_target(job: Job) -> None:
     Raises:
         CheckpointError: as `execute` does.
     """
-    Target(job.target, job.plan_id).check(_sizes(job), job.options.overwrite)
-
-
-def _sizes(job: Job) -> dict[str, int]:
-    """Every file but the manifest and its bytes."""
-    checkpoint, index = job.checkpoint, _index(job)
-    sizes = {shard.name: shard.file_bytes for shard in job.shards}
-    sizes |= {name: checkpoint.other(name).stat().st_size for name in checkpoint.others}
-    return sizes | ({INDEX: len(index)} if index else {})
+    sizes = file_sizes(job.checkpoint, job.shards, _index(job))
+    Target(job.target, job.plan_id).check(sizes, job.options.overwrite)
 
 
 def _index(job: Job) -> bytes | None:

@@ -131,7 +131,8 @@ def execute(job: Job, progress: Progress = silent) -> Report:
     target = Target(job.target, job.plan_id)
     target.lock()
     try:
-        names, checkpoint, lossy = _sizes(job), job.checkpoint, job.dequantization
+        checkpoint, lossy, last = job.checkpoint, job.dequantization, index(job)
+        names = file_sizes(checkpoint, job.shards, last)
         target.claim(names, job.options.overwrite)
         if lossy and is_finished(job):  # the bf16 files are gone: nothing else could be compared
             digests = check_finished(job, progress)
@@ -145,7 +146,7 @@ def execute(job: Job, progress: Progress = silent) -> Report:
         parts = job.find_parts() if job.options.verify == "full" else ([], [])
         kept, digests = _write_shards(job, target, parts, progress)
         target.write(MANIFEST, manifest(job, parts[1], digests))
-        if last := index(job):
+        if last:
             target.write(INDEX, last)
         if lossy:
             lossy.remove()
@@ -161,17 +162,16 @@ def check_target(job: Job) -> None:
     Raises:
         CheckpointError: as `execute` does.
     """
-    names, lossy = _sizes(job), job.dequantization
+    names, lossy = file_sizes(job.checkpoint, job.shards, index(job)), job.dequantization
     Target(job.target, job.plan_id).check(names, job.options.overwrite)
     if lossy and not is_finished(job):
         lossy.check_space(_missing_bytes(job, names))
 
 
-def _sizes(job: Job) -> dict[str, int]:
-    """Every file but the manifest and its bytes."""
-    last = index(job)
-    names = {shard.name: shard.file_bytes for shard in job.shards}
-    names |= {name: _size(job.checkpoint.folder / name) for name in job.checkpoint.others}
+def file_sizes(checkpoint: Checkpoint, shards: Iterable[Shard], last: bytes | None) -> dict[str, int]:
+    """Every file that is written but the manifest, and its bytes; `last` is the index, if there is to be one."""
+    names = {shard.name: shard.file_bytes for shard in shards}
+    names |= {name: _size(checkpoint.folder / name) for name in checkpoint.others}
     return names | ({INDEX: len(last)} if last else {})
 
 

@@ -96,8 +96,8 @@ def find(block: Any, child: str, experts: Any) -> Found | str | None:
     hidden = getattr(experts.config, "hidden_size", None)
     if "forward" in vars(block) or not isinstance(hidden, int):
         return None
-    with _modes(block) as modes:
-        found = [_find_in_mode(block, child, hidden) for _ in modes]
+    with _modes_kept(block):
+        found = [_find_in_mode(block.train(training), child, hidden) for training in (True, False)]
     return found[0] if found[0] == found[1] else "training and evaluation differ"
 
 
@@ -231,18 +231,11 @@ def _meta(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _modes(block: Any) -> Iterator[Iterator[bool]]:
-    """Training, then evaluation; afterwards every module is in the mode that it was in."""
+def _modes_kept(block: Any) -> Iterator[None]:
+    """Afterwards every module is in the mode, training or evaluation, that it was in."""
     before = [(module, module.training) for module in block.modules()]
-
-    def modes() -> Iterator[bool]:
-        for training in (True, False):
-            for module, _ in before:
-                module.training = training
-            yield training
-
     try:
-        yield modes()
+        yield
     finally:
         for module, training in before:
             module.training = training

@@ -66,24 +66,37 @@ def run_ranks(
             run once more with a RuntimeWarning, and a second crash is raised.
     """
     __tracebackhide__ = True  # what the ranks say is the story
-    for is_last in (False, True):
-        with tempfile.TemporaryDirectory() as folder:
-            request = {
-                "function": (function.__module__, function.__qualname__),
-                "kwargs": pickle.dumps(kwargs),
-                "num_ranks": num_ranks,
-                "environment": {**_rendezvous(num_ranks), **environment},
-                "folder": folder,
-                "timeout_s": timeout_s,
-            }
-            failure = _zygote().ask(request)
-            if not failure:
-                return [pickle.loads(Path(folder, f"{rank}.result").read_bytes()) for rank in range(num_ranks)]
-            failure += _what_ranks_said(Path(folder), num_ranks)
-            if is_last or num_ranks == 1 or not any(signal in failure.splitlines()[0] for signal in CRASHES):
-                raise RankError(failure)
-            warnings.warn(f"a rank crashed, all are run again: {failure}", RuntimeWarning, stacklevel=2)
-    raise AssertionError  # the second time returns or raises
+    try:
+        return _run_once(function, num_ranks, environment, timeout_s, kwargs)
+    except RankError as error:
+        first_line = str(error).splitlines()[0]
+        if num_ranks == 1 or not any(signal in first_line for signal in CRASHES):
+            raise
+        warnings.warn(f"a rank crashed, all are run again: {error}", RuntimeWarning, stacklevel=2)
+    return _run_once(function, num_ranks, environment, timeout_s, kwargs)
+
+
+def _run_once(
+    function: Callable[..., Any],
+    num_ranks: int,
+    environment: Mapping[str, str],
+    timeout_s: float,
+    kwargs: dict[str, Any],
+) -> list[Any]:
+    __tracebackhide__ = True
+    with tempfile.TemporaryDirectory() as folder:
+        request = {
+            "function": (function.__module__, function.__qualname__),
+            "kwargs": pickle.dumps(kwargs),
+            "num_ranks": num_ranks,
+            "environment": {**_rendezvous(num_ranks), **environment},
+            "folder": folder,
+            "timeout_s": timeout_s,
+        }
+        failure = _zygote().ask(request)
+        if failure:
+            raise RankError(failure + _what_ranks_said(Path(folder), num_ranks))
+        return [pickle.loads(Path(folder, f"{rank}.result").read_bytes()) for rank in range(num_ranks)]
 
 
 def run_alone(function: Callable[..., Any], **kwargs: Any) -> Any:

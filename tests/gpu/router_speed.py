@@ -1,19 +1,19 @@
 """Routers of transformers beside themselves with what follows the linear layer fused: forward and backward.
 
-usage      python tests/gpu/router_speed.py [--rounds 30] [--tiles 1024 2048 4096] [--out router_speed.json]
-           --device cpu tries the script without a GPU: a few tokens, no times of kernels
+usage      python3 -m tests.gpu.router_speed [--rounds 30] [--tiles 1024 2048 4096] [--out router_speed.json]
 prints     one JSON line for each shape and dtype: ms between two CUDA events (median of the rounds, the GPU kept busy
            beforehand so that starting kernels is not in it) of what follows the linear layer (`route`), forward and
            backward, of the whole router, forward and backward, and host microseconds of its forward; the largest
            difference of weights, and the share of tokens with the same experts (in bf16 scores tie). Both take turns
            in every round. `tile_*_ms`: the kernels alone with so many elements a program.
+
+Without a GPU it runs small, to see that it runs: a few tokens, no kernels.
 """
 
 import argparse
 import copy
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from moe_accel.experts.router import proof_of
 from moe_accel.experts.router_proof import fuse_router
 from moe_accel.kernels import router
+from tests.gpu.timing import device_ms, host_us
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 
 SHAPES: dict[str, tuple[Any, Any]] = {
     "qwen3-30b-a3b": (
@@ -40,8 +44,7 @@ SHAPES: dict[str, tuple[Any, Any]] = {
     ),
     "deepseek-v3": (DeepseekV3TopkRouter, lambda: DeepseekV3Config(n_routed_experts=256, hidden_size=7168)),
 }
-NUM_TOKENS = 16_384
-BUSY_CYCLES = 2_000_000  # about 1 ms: longer than the host takes to start one router
+NUM_TOKENS = 16_384 if ON_GPU else 64
 
 
 def build(shape: str, dtype: torch.dtype, device: str = "cuda") -> Any:
@@ -59,35 +62,6 @@ def build(shape: str, dtype: torch.dtype, device: str = "cuda") -> Any:
     return module
 
 
-class Timer:
-    """Times of functions on the device."""
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = device == "cuda"
-
-    def ms(self, function: Any) -> float:
-        """Between two events around one call."""
-        if not self.on_gpu:
-            start = time.perf_counter()
-            function()
-            return 1e3 * (time.perf_counter() - start)
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(BUSY_CYCLES)
-        first.record()
-        function()
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last)
-
-    def host_us(self, function: Any) -> float:
-        """Until one call returns, which waits for nothing."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        return 1e6 * (time.perf_counter() - start)
-
-
 def original(module: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What follows a router's linear layer, by its own function: its linear layer gives these logits."""
     linear = torch.nn.functional.linear
@@ -99,7 +73,7 @@ def original(module: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return weights, experts
 
 
-def one_round(timer: Timer, own: Any, fused: Any, x: torch.Tensor, tiles: list[int]) -> dict[str, float]:
+def one_round(own: Any, fused: Any, x: torch.Tensor, tiles: list[int]) -> dict[str, float]:
     """Times of both ways for tokens x [N,H], and how far they are apart."""
     found: dict[str, float] = {}
     proof, plain = proof_of(fused), copy.deepcopy(own).float()
@@ -114,17 +88,17 @@ def one_round(timer: Timer, own: Any, fused: Any, x: torch.Tensor, tiles: list[i
     for name, (way, module) in ways.items():
 
         def backward(weights: torch.Tensor) -> float:
-            return timer.ms(lambda: weights.backward(gradient))
+            return device_ms(lambda: weights.backward(gradient))
 
         def forward(module: Any = module) -> Any:
             return module(x)
 
-        found[f"{name}_route_forward_ms"] = timer.ms(way)
+        found[f"{name}_route_forward_ms"] = device_ms(way)
         weights, experts = way()
         results.append((weights.detach().float(), experts))
         found[f"{name}_route_backward_ms"] = backward(weights)
-        found[f"{name}_forward_ms"] = timer.ms(forward)
-        found[f"{name}_forward_host_us"] = timer.host_us(forward)
+        found[f"{name}_forward_ms"] = device_ms(forward)
+        found[f"{name}_forward_host_us"] = host_us(forward)
         found[f"{name}_backward_ms"] = backward(forward()[1])
         leaf.grad = x.grad = None
         module.zero_grad(set_to_none=True)
@@ -138,13 +112,13 @@ def one_round(timer: Timer, own: Any, fused: Any, x: torch.Tensor, tiles: list[i
     for tile in tiles:
         router.TILE = tile
         try:
-            found |= alone(timer, logits, gradient, how, tile)
+            found |= alone(logits, gradient, how, tile)
         finally:
             router.TILE = default
     return found
 
 
-def alone(timer: Timer, logits: torch.Tensor, gradient: torch.Tensor, how: Any, tile: int) -> dict[str, float]:
+def alone(logits: torch.Tensor, gradient: torch.Tensor, how: Any, tile: int) -> dict[str, float]:
     """Times of the two kernels with so many elements a program."""
     rule = how[1]
     dense = None if rule.sigmoid or rule.renormalise else logits
@@ -152,28 +126,27 @@ def alone(timer: Timer, logits: torch.Tensor, gradient: torch.Tensor, how: Any, 
     back = gradient, scores, experts, dense, rule, logits.shape[1], logits.dtype
     router.route_backward_triton(*back)
     return {
-        f"tile_{tile}_forward_ms": timer.ms(lambda: router.route_triton(logits, *how)),
-        f"tile_{tile}_backward_ms": timer.ms(lambda: router.route_backward_triton(*back)),
+        f"tile_{tile}_forward_ms": device_ms(lambda: router.route_triton(logits, *how)),
+        f"tile_{tile}_backward_ms": device_ms(lambda: router.route_backward_triton(*back)),
     }
 
 
 def measure(shape: str, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
     """Medians over the rounds of one shape."""
-    on_gpu = args.device == "cuda"
-    own = build(shape, dtype, args.device)
+    own = build(shape, dtype, DEVICE)
     fused = copy.deepcopy(own)
     proof = fuse_router(fused)
     assert proof is not None, f"nothing is proven of {type(own).__name__}"
-    generator = torch.Generator(args.device).manual_seed(0)
-    (num_experts, width), num_tokens = own.weight.shape, NUM_TOKENS if on_gpu else 64
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    num_experts, width = own.weight.shape
     rounds = []
     for _ in range(args.rounds + 3):  # the first three compile and warm up
-        x = torch.randn(num_tokens, width, device=args.device, generator=generator).to(dtype).requires_grad_()
-        rounds.append(one_round(Timer(args.device), own, fused, x, args.tiles if on_gpu else []))
+        x = torch.randn(NUM_TOKENS, width, device=DEVICE, generator=generator).to(dtype).requires_grad_()
+        rounds.append(one_round(own, fused, x, args.tiles if ON_GPU else []))
     medians = {name: round(statistics.median(each[name] for each in rounds[3:]), 7) for name in rounds[-1]}
     parts = ("route_forward", "route_backward", "forward", "backward")
     ratios = {f"ratio_{each}": round(medians[f"torch_{each}_ms"] / medians[f"fused_{each}_ms"], 2) for each in parts}
-    sizes = {"shape": shape, "tokens": num_tokens, "experts": num_experts, "top_k": proof.rule.top_k, "hidden": width}
+    sizes = {"shape": shape, "tokens": NUM_TOKENS, "experts": num_experts, "top_k": proof.rule.top_k, "hidden": width}
     return sizes | {"dtype": str(dtype).removeprefix("torch."), "rule": str(proof.rule)} | medians | ratios
 
 
@@ -181,10 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--tiles", type=int, nargs="*", default=[1024, 2048, 4096])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "none"
+    name = torch.cuda.get_device_name() if ON_GPU else "none"
     result: dict[str, Any] = {"gpu": name, "torch": torch.__version__, "rows": []}
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
