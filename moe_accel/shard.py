@@ -2,6 +2,10 @@
 
 Stock accelerate shards everything else. `without_experts` takes the expert weights out of the model meanwhile; then
 `shard_experts` puts them back, one layer at a time. Optimizers follow, since accelerate maps parameters by name.
+
+Where `efsdp` is one rank there is nothing to gather, and nothing to reduce: FSDP2 would copy all weights in forward and
+once more in backward, and the gradients, and take the host's time for that. There the DTensors are all (`_is_whole`).
+
 Persistent buffers are taken out as well where `fsdp_cpu_ram_efficient_loading` is on: accelerate 1.15 expects every
 entry of a state dict to be a DTensor there, and stops at DeepSeek-V3's `e_score_correction_bias` (accelerate#3898).
 """
@@ -14,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_accel.experts import stacked_parameters
@@ -60,13 +64,17 @@ def shard_experts(detached: Detached, sparse_mesh: DeviceMesh, accelerator: Any)
     detached.parameters.clear()  # each layer's full stack can go as soon as its slice is made
     for module, parameters in modules.items():
         others = set(module.parameters())  # sharded by stock accelerate already
+        is_whole = all(_is_whole(full, sparse_mesh, accelerator) for _, full in parameters)
+        over = sparse_mesh if is_whole else sparse_mesh["ep"]
         while parameters:
             name, full = parameters.pop(0)
             upcast = accelerator.mixed_precision != "no" and full.requires_grad
             part = _slice(full, sparse_mesh, accelerator.device, plugin.cpu_ram_efficient_loading)
             part = part.float() if upcast else part  # as accelerate does to every other trainable parameter
-            tensor = DTensor.from_local(part, sparse_mesh["ep"], [Shard(0)], run_check=False)
+            tensor = DTensor.from_local(part, over, [Shard(0)] * over.ndim, run_check=False)
             module.register_parameter(name, nn.Parameter(tensor, requires_grad=full.requires_grad))
+        if is_whole:
+            continue
         fully_shard(
             module,
             mesh=efsdp_mesh(sparse_mesh),
@@ -76,6 +84,19 @@ def shard_experts(detached: Detached, sparse_mesh: DeviceMesh, accelerator: Any)
             shard_placement_fn=lambda parameter: _placement(parameter, sparse_mesh["efsdp"].size()),
             ignored_params=others,
         )
+
+
+def _is_whole(full: Tensor, sparse_mesh: DeviceMesh, accelerator: Any) -> bool:
+    """Whether FSDP2 would have nothing to do for a parameter but to copy it: no rank to share it with, and computed in
+    the dtype and on the device where it is."""
+    plugin = accelerator.state.fsdp_plugin
+    if sparse_mesh.size() > sparse_mesh["ep"].size() or isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        return False
+    policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+    if not full.requires_grad:
+        return policy.param_dtype in (None, full.dtype)
+    trained = torch.float32 if accelerator.mixed_precision != "no" else full.dtype
+    return {policy.param_dtype, policy.reduce_dtype} <= {None, trained}
 
 
 def _slice(full: Tensor, sparse_mesh: DeviceMesh, device: torch.device, from_rank_0: bool) -> Tensor:
