@@ -1,9 +1,10 @@
 """The transport that needs nothing: `all_to_all_single` of torch.distributed, on NCCL, gloo or any other backend.
 
 A token goes once to each rank that holds any of its experts, however many of them: with 128 experts on 8 ranks and
-K = 8 that is 5.3 rows a token instead of 8 (8 * (1 - (7/8)^8), for uniform routing). One copy from the device to the
-host a layer, for the row counts that torch wants as python numbers; none when a handle is given. The counts are on
-their way as soon as there are choices, and where rows go is worked out meanwhile, without them.
+K = 8 that is 5.3 rows a token instead of 8 (8 * (1 - (7/8)^8), for uniform routing). Its routing weights and choices
+travel in the same row (`message.py`). One copy from the device to the host a layer, for the row counts that torch wants
+as python numbers; none when a handle is given. The counts are on their way as soon as there are choices, and where rows
+go is worked out meanwhile, without them.
 
 Sizes: N tokens of this rank, S rows sent, R rows received, G ranks, H hidden, K top-k, e experts of each rank.
 """
@@ -18,26 +19,46 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_accel.dispatch.halves import travel
-from moe_accel.kernels.rows import RowMap, gather_rows, sum_rows
+from moe_accel.dispatch.message import Layout, pack, pack_gradients, unpack
+from moe_accel.dispatch.plan import count, cut, order
+from moe_accel.kernels.rows import RowMap, gather, sum_copies
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows a dispatch sends where, and how many come.
+
+    Attributes:
+        rows: the S sent copies of this rank's N tokens, ordered by receiving rank, then by token.
+        ranks: [S], where each goes.
+        send_counts: rows sent to each rank.
+        receive_counts: rows received from each rank.
+        num_pairs: choices of received rows that are of this rank's experts.
+    """
+
+    rows: RowMap
+    ranks: Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+    num_pairs: int
 
 
 @dataclass(frozen=True)
 class AllToAllHandle:
-    """Where the rows of one dispatch went and came from.
+    """What a dispatch leaves.
 
     Attributes:
         choices: [R,K] int32, local expert of each choice of a received row, -1 where another rank has it.
-        num_pairs: how many of `choices` are not -1.
-        rows: the S sent copies of this rank's N tokens, ordered by receiving rank, then by token.
-        send_counts: rows sent to each rank.
-        receive_counts: rows received from each rank.
+        plan: where the rows went and came from.
     """
 
     choices: Tensor
-    num_pairs: int
-    rows: RowMap
-    send_counts: list[int]
-    receive_counts: list[int]
+    plan: Plan
+
+    @property
+    def num_pairs(self) -> int:
+        """How many of `choices` are not -1."""
+        return self.plan.num_pairs
 
 
 class AllToAll:
@@ -58,115 +79,100 @@ class AllToAll:
         beside: Callable[[], Any] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, AllToAllHandle]:
         """See `Dispatcher.dispatch`."""
-        arriving = None
-        if handle is None:
-            handle, arriving = self._plan(choices)
-        x_s = gather_rows(x, handle.rows)
-        # A weight goes along to every rank its token goes to; only the rank that has the expert gives it a gradient.
-        weights_s = gather_rows(weights, handle.rows)
-        x_r, weights_r = travel(x_s, weights_s, _Transfer(handle, self.group), beside)
-        if arriving is not None:
-            _finish(*arriving)
-        return x_r, handle.choices, weights_r, handle
+        plan = self._plan(choices) if handle is None else handle.plan
+        transfer = _Transfer(self, plan, choices, handle)
+        x_r, weights_r = travel(x, weights, transfer, beside)
+        return x_r, transfer.handle.choices, weights_r, transfer.handle
 
     def combine(self, y: Tensor, handle: AllToAllHandle) -> Tensor:
         """See `Dispatcher.combine`."""
-        y_s: Any = _Exchange.apply(y, handle.receive_counts, handle.send_counts, self.group)
-        return sum_rows(y_s, handle.rows)
+        combined: Any = _Combine.apply(y, handle.plan, self.group)
+        return combined
 
     @torch.no_grad()
-    def _plan(self, choices: Tensor) -> tuple[AllToAllHandle, tuple[Any, Tensor, Tensor]]:
-        """The handle, and its choices on their way."""
-        num_tokens = choices.shape[0]
-        device, num_ranks = choices.device, self.num_ranks
-        ranks_nk = torch.div(choices, self.num_local_experts, rounding_mode="floor")
-        pairs_gn = torch.zeros(num_ranks, num_tokens, dtype=torch.int32, device=device)
-        pairs_gn.scatter_add_(0, ranks_nk.t().contiguous(), torch.ones_like(ranks_nk.t(), dtype=torch.int32))
-        goes_gn = pairs_gn > 0
-
-        sent = torch.stack([goes_gn.sum(1), pairs_gn.sum(1)], dim=1)  # [G,2] rows and pairs
-        received = torch.empty_like(sent)
-        counting: Any = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
-        rows, rank_of_row = _sent_rows(goes_gn, num_tokens * min(num_ranks, choices.shape[1]))
+    def _plan(self, choices: Tensor) -> Plan:
+        counted = count(choices, self.num_ranks, self.num_local_experts)
+        received = torch.empty_like(counted.counts)
+        counting: Any = dist.all_to_all_single(received, counted.counts, group=self.group, async_op=True)
+        rows, ranks = order(counted)
         counting.wait()
-        counts = torch.cat([sent, received], dim=1).tolist()  # the one wait for the device
+        counts = torch.cat([counted.counts, received], dim=1).tolist()  # the one wait for the device
         send_counts, receive_counts = [row[0] for row in counts], [row[2] for row in counts]
-
-        num_rows = sum(send_counts)
-        rows = RowMap(rows.sources[:num_rows], rows.copies[:num_rows], rows.starts)
-        rank_of_row = rank_of_row[:num_rows]
-        local_sk = choices.index_select(0, rows.sources) - (rank_of_row * self.num_local_experts)[:, None]
-        here = (local_sk >= 0) & (local_sk < self.num_local_experts)
-        local_sk = local_sk.where(here, -1).to(torch.int32)
-        arriving = _start(local_sk, send_counts, receive_counts, self.group)
-        num_pairs = sum(row[3] for row in counts)
-        return AllToAllHandle(arriving[1], num_pairs, rows, send_counts, receive_counts), arriving
-
-
-def _sent_rows(goes_gn: Tensor, most: int) -> tuple[RowMap, Tensor]:
-    """The sent copies, ordered by rank then token, and each one's rank [S]; without any wait for the device.
-
-    Args:
-        goes_gn: [G,N], whether a token goes to a rank.
-        most: how many copies there can be; the places behind those that there are hold nothing of worth.
-    """
-    num_ranks, num_tokens = goes_gn.shape
-    device = goes_gn.device
-    by_rank = goes_gn.reshape(-1)
-    place = (by_rank.cumsum(0) - 1).where(by_rank, most)  # all that is not sent shares one slot past the end
-    positions = torch.arange(by_rank.numel(), device=device)
-    sent = positions.new_zeros(most + 1).scatter_(0, place, positions)
-
-    by_token = goes_gn.t().reshape(-1)
-    slots = (by_token.cumsum(0) - 1).where(by_token, most)
-    place_by_token = place.view(num_ranks, num_tokens).t().reshape(-1)
-    copies = place.new_zeros(most + 1).scatter_(0, slots, place_by_token)
-    per_token = goes_gn.sum(0)
-    width = max(num_tokens, 1)
-    return RowMap(sent % width, copies, per_token.cumsum(0) - per_token), sent // width
+        num_rows, num_pairs = sum(send_counts), sum(row[3] for row in counts)
+        return Plan(cut(rows, num_rows), ranks[:num_rows], send_counts, receive_counts, num_pairs)
 
 
 class _Transfer:
-    """Rows and their routing weights on the way; see `halves.Transfer`.
+    """Rows with their routing weights and choices on the way, and the gradients of the first two on the way back; see
+    `halves.Transfer`. A weight goes along to every rank its token goes to; only the rank that has the expert gives it a
+    gradient.
 
     Until the current stream waits for an exchange, both its sides are kept alive here.
     """
 
     needs: tuple[bool, bool] = False, False
 
-    def __init__(self, handle: AllToAllHandle, group: Any):
-        self.handle, self.group = handle, group
-        self.under_way: list[tuple[Any, Tensor, Tensor] | None] = []
+    def __init__(self, transport: AllToAll, plan: Plan, choices: Tensor, handle: AllToAllHandle | None):
+        self.group, self.num_local_experts, self.plan = transport.group, transport.num_local_experts, plan
+        self.choices, self.known = choices, handle
+        self.under_way: tuple[Any, Tensor, Tensor] | None = None
+        self.layout: Layout | None = None
+
+    @property
+    def handle(self) -> AllToAllHandle:
+        """Of this dispatch, once it has arrived."""
+        assert self.known is not None
+        return self.known
 
     def launch(self, x: Tensor, weights: Tensor) -> None:
-        sizes = self.handle.send_counts, self.handle.receive_counts
-        self.under_way = [_start(rows, *sizes, self.group) for rows in (x, weights)]
+        plan, choices = self.plan, None if self.known is not None else self.choices
+        packed, self.layout = pack(x, weights, choices, plan.rows, plan.ranks, self.num_local_experts)
+        self.under_way = _start(packed, plan.send_counts, plan.receive_counts, self.group)
 
-    def arrive(self) -> Any:
-        under_way, self.under_way = self.under_way, []
-        return tuple(None if each is None else _finish(*each) for each in under_way)
+    def arrive(self) -> tuple[Tensor, Tensor]:
+        assert self.layout is not None
+        x, weights, choices = unpack(self._arrived(), self.layout)
+        if choices is not None:
+            self.known = AllToAllHandle(choices, self.plan)
+        return x, weights
 
     def launch_back(self, x_grad: Tensor, weights_grad: Tensor) -> None:
-        sizes = self.handle.receive_counts, self.handle.send_counts
-        both = zip((x_grad, weights_grad), self.needs, strict=True)
-        self.under_way = [_start(rows, *sizes, self.group) if needed else None for rows, needed in both]
+        self.layout = None
+        if all(self.needs):
+            rows, self.layout = pack_gradients(x_grad, weights_grad)
+        else:
+            rows = x_grad if self.needs[0] else weights_grad
+        self.under_way = _start(rows, self.plan.receive_counts, self.plan.send_counts, self.group)
 
-    def arrive_back(self) -> Any:
-        return self.arrive()
+    def arrive_back(self) -> tuple[Tensor | None, Tensor | None]:
+        rows = self._arrived()
+        parts = (rows, rows) if self.layout is None else unpack(rows, self.layout)[:2]
+        copies, starts = self.plan.rows.copies, self.plan.rows.starts
+        x_grad, weights_grad = (
+            sum_copies(part, copies, starts) if needed else None for part, needed in zip(parts, self.needs, strict=True)
+        )
+        return x_grad, weights_grad
+
+    def _arrived(self) -> Tensor:
+        assert self.under_way is not None
+        under_way, self.under_way = self.under_way, None
+        return _finish(*under_way)
 
 
-class _Exchange(torch.autograd.Function):
-    """Rows to the ranks they are meant for; the gradient goes the same way back."""
+class _Combine(torch.autograd.Function):
+    """Rows back to where they came from, and their sum by token: [R,H] to [N,H]; the gradient goes the other way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(rows, send, receive, group)
+    def forward(ctx: Any, y: Tensor, plan: Plan, group: Any) -> Tensor:
+        ctx.plan, ctx.group = plan, group
+        y_s = _exchange(y, plan.receive_counts, plan.send_counts, group)
+        return sum_copies(y_s, plan.rows.copies, plan.rows.starts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(gradients[0], ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        plan = ctx.plan
+        return _exchange(gather(gradients[0], plan.rows), plan.send_counts, plan.receive_counts, ctx.group), None, None
 
 
 def _exchange(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:

@@ -65,7 +65,7 @@ class _Rows(torch.autograd.Function):
 def gather(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
     """values [N,H] -> [P,H+tail], `values[rows.sources]` and room for more. Not differentiable: see `gather_rows`."""
     if use_triton(values) and len(rows.sources):
-        return gather_triton(values.contiguous(), rows, tail)
+        return gather_triton(_with_whole_rows(values), rows, tail)
     copied = values.index_select(0, rows.sources)
     return with_tail(copied, tail)
 
@@ -73,8 +73,13 @@ def gather(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
 def sum_copies(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | None = None) -> Tensor:
     """values [P,H] -> [N,H], as `sum_torch`. Not differentiable: see `sum_rows`."""
     if use_triton(values):
-        return sum_triton(values.contiguous(), copies, starts, more)
+        return sum_triton(_with_whole_rows(values), copies, starts, more)
     return sum_torch(values.contiguous(), copies, starts, more)
+
+
+def _with_whole_rows(values: Tensor) -> Tensor:
+    """Rows may lie apart, as in a message; a row's values not."""
+    return values if values.stride(1) == 1 and values.stride(0) >= values.shape[1] else values.contiguous()
 
 
 def sum_torch(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | None = None) -> Tensor:
@@ -100,7 +105,7 @@ def sum_triton(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | No
     grid = num_rows, -(-width // COLUMNS)
     tensors = values, values if more is None else more.contiguous(), copies, starts, out
     constants = {"HAS_MORE": more is not None, "COPIES": COPIES, "COLUMNS": COLUMNS}
-    launch(_sum_kernel, grid, *tensors, num_rows, num_pairs, width, **constants)
+    launch(_sum_kernel, grid, *tensors, num_rows, num_pairs, width, values.stride(0), **constants)
     return out
 
 
@@ -120,6 +125,7 @@ def gather_triton(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
         num_rows,
         num_pairs,
         width,
+        values.stride(0),
         width + tail,
         **constants,
     )
@@ -128,12 +134,22 @@ def gather_triton(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
 
 @triton.jit
 def _gather_kernel(
-    values, copies, starts, out, num_rows, num_pairs, width, out_width, COPIES: tl.constexpr, COLUMNS: tl.constexpr
+    values,
+    copies,
+    starts,
+    out,
+    num_rows,
+    num_pairs,
+    width,
+    step,
+    out_width,
+    COPIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
-    value = tl.load(values + row * width + columns, mask=inside)
+    value = tl.load(values + row * step + columns, mask=inside)
     start = tl.load(starts + row)
     end = tl.load(starts + row + 1, mask=row + 1 < num_rows, other=num_pairs)
     while start < end:
@@ -155,6 +171,7 @@ def _sum_kernel(
     num_rows,
     num_pairs,
     width,
+    step,
     HAS_MORE: tl.constexpr,
     COPIES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -168,10 +185,10 @@ def _sum_kernel(
     while start < end:
         at = start + tl.arange(0, COPIES)
         copy = tl.load(copies + at, mask=at < end, other=0)
-        place = copy[:, None] * width + columns[None, :]
         within = (at < end)[:, None] & inside[None, :]
-        tile = tl.load(values + place, mask=within, other=0.0).to(tl.float32)
+        tile = tl.load(values + copy[:, None] * step + columns[None, :], mask=within, other=0.0).to(tl.float32)
         if HAS_MORE:
+            place = copy[:, None] * width + columns[None, :]
             tile += tl.load(more + place, mask=within, other=0.0).to(tl.float32)
         total += tl.sum(tile, 0)
         start += COPIES

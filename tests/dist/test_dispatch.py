@@ -214,14 +214,14 @@ def test_output_and_gradients_are_those_of_a_process_that_has_all_experts(layout
 
 @ALL
 @EACH_CASE
-def test_a_dispatch_takes_four_collectives_and_one_wait_and_with_the_handle_two_and_none(layout, case):
-    """Row counts, choices, tokens and weights; then tokens and weights alone. Backward sends back what forward sent."""
+def test_a_dispatch_takes_two_collectives_and_one_wait_and_with_the_handle_one_and_none(layout, case):
+    """Row counts, then rows with all that belongs to them; again only those. Backward sends back what forward sent."""
     for results, _ in on_ranks(layout):
         first, combine, backward, again = results[case]["calls"]
-        assert first == {"alltoall_base_": 4, "tolist": 1}
+        assert first == {"alltoall_base_": 2, "tolist": 1}
         assert combine == {"alltoall_base_": 1}
-        assert backward == {"alltoall_base_": 3}
-        assert again == {"alltoall_base_": 2}
+        assert backward == {"alltoall_base_": 2}
+        assert again == {"alltoall_base_": 1}
 
 
 @ALL

@@ -6,6 +6,7 @@ The interpreter computes bf16 wrongly, and must be chosen before triton is impor
 import pytest
 import torch
 
+from moe_accel.dispatch import message, plan
 from moe_accel.experts import routing
 from moe_accel.kernels import cross_entropy, glu, rms_norm, rope, rows, sort, squared_relu
 from moe_accel.kernels.device import INTERPRETED
@@ -49,6 +50,71 @@ def test_gather_and_its_room(counts, width):
         found = rows.gather(x, places, tail)
         assert found.shape == (sum(counts), width + tail)
         assert torch.equal(found[:, :width], x[sources])
+
+
+def test_rows_may_lie_apart():
+    apart = values(7, 40)[:, :24]
+    copies, starts = torch.tensor([2, 0, 6, 1, 3, 5, 4]), torch.tensor([0, 3, 3, 5])
+    assert torch.equal(rows.sum_copies(apart, copies, starts), rows.sum_copies(apart.contiguous(), copies, starts))
+    sources = torch.empty_like(copies)
+    sources[copies] = torch.tensor([0, 0, 0, 2, 2, 3, 3])
+    assert torch.equal(rows.gather(apart[:4], rows.RowMap(sources, copies, starts), 8)[:, :24], apart[sources])
+
+
+SENT = {
+    "one": (1, 1, 2, 1),
+    "few": (5, 3, 2, 4),
+    "many": (150, 8, 8, 16),
+    "odd": (70, 6, 3, 5),
+    "of 40": (33, 4, 40, 2),
+}
+"""Tokens, top-k, ranks, experts of each."""
+
+
+@pytest.mark.parametrize("of", SENT)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_what_is_sent_and_in_which_order(of, dtype):
+    num_tokens, top_k, num_ranks, num_local = SENT[of]
+    choices = chosen(num_tokens, top_k, num_ranks * num_local, skew=2).to(dtype)
+    found, expected = (each(choices, num_ranks, num_local) for each in (plan.count, plan.count_torch))
+    assert [each.dtype for each in found] == [each.dtype for each in expected]
+    assert all(map(torch.equal, found, expected))
+    num_rows, most = int(found.counts[:, 0].sum()), num_tokens * min(num_ranks, top_k)
+    (ours, ranks), (truth, of_truth) = plan.order(found), plan.order_torch(expected.ranks, num_ranks, most)
+    assert torch.equal(ranks[:num_rows].int(), of_truth[:num_rows].int())
+    assert all(map(torch.equal, plan.cut(ours, num_rows), plan.cut(truth, num_rows)))
+    row_ranks = [row for row in range(num_ranks) for _ in range(int(found.counts[row, 0]))]
+    assert ranks[:num_rows].tolist() == row_ranks
+    for row, (source, rank) in enumerate(zip(ours.sources[:num_rows].tolist(), row_ranks, strict=True)):
+        assert rank in (choices[source] // num_local).tolist(), row
+
+
+@pytest.mark.parametrize("of", SENT)
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("has_choices", [True, False])
+def test_what_travels_behind_a_row(of, weights_dtype, has_choices):
+    num_tokens, top_k, num_ranks, num_local = SENT[of]
+    choices = chosen(num_tokens, top_k, num_ranks * num_local, skew=2)
+    counted = plan.count(choices, num_ranks, num_local)
+    where, ranks = plan.order(counted)
+    num_rows = int(counted.counts[:, 0].sum())
+    where, ranks = plan.cut(where, num_rows), ranks[:num_rows]
+    x, weights = values(num_tokens, 12), values(num_tokens, top_k).to(weights_dtype)
+    given = choices if has_choices else None
+    packed, layout = message.pack(x, weights, given, where, ranks, num_local)
+    assert packed.shape[1] * packed.element_size() % 16 == 0
+    written = packed.clone()
+    message.write_torch(written, layout, weights, given, where.sources, ranks, num_local)
+    found, expected = message.unpack(packed, layout), message.unpack(written, layout)
+    assert torch.equal(found[0], x[where.sources])
+    assert torch.equal(found[1], weights[where.sources])
+    assert torch.equal(expected[1], found[1])
+    assert (found[2] is None) is not has_choices
+    if has_choices:
+        assert torch.equal(found[2], expected[2])
+        whose = found[2] + (ranks.long() * num_local)[:, None]
+        assert torch.equal(whose[found[2] >= 0], choices[where.sources][found[2] >= 0])
+        assert int((found[2] >= 0).sum()) == choices.numel()
 
 
 def test_activations_leave_room():

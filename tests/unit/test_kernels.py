@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_accel.kernels import cross_entropy, device, glu, rms_norm, rope, router, rows, sort, squared_relu
+from moe_accel.kernels import cross_entropy, device, glu, message, rms_norm, rope, router, rows, sort, squared_relu
 from tests.unit.router_rules import RULES
 
 SHARED_BYTES = 227 * 1024  # of a block on sm_90
@@ -86,14 +86,14 @@ COMPILED = {
     **{
         f"sum{name}": (
             rows._sum_kernel,
-            ["*bf16", "*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32"],
+            ["*bf16", "*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32"],
             {"HAS_MORE": more, "COPIES": 8, "COLUMNS": 1024},
         )
         for name, more in (("", False), (" of two", True))
     },
     "gather": (
         rows._gather_kernel,
-        ["*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32"],
+        ["*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32", "i32"],
         {"COPIES": 8, "COLUMNS": 1024},
     ),
     **{
@@ -130,6 +130,19 @@ COMPILED = {
             ),
             (" backward", router._backward_kernel, [f"*{dtype}", "*fp32", "*i64", f"*{dtype}", f"*{dtype}", "i32"], {}),
         )
+    },
+    "count of rows to send": (
+        message._count_kernel,
+        ["*i64", "*i32", "*i32", "i32", "i32", "i32"],
+        {"TOP_K": 8, "PADDED_K": 8, "RANKS": 32, "TOKENS": message.TOKENS},
+    ),
+    **{
+        f"tail of a row{more}": (
+            message._write_kernel,
+            ["*i32", "*i64", "*i64", "*i16", "*i32", "i32", "i32", "i32", "i32", "i32", "i32"],
+            {"HAS_CHOICES": has_choices, "PADDED": 8, "ROWS": message.ROWS},
+        )
+        for more, has_choices in (("", False), (" with choices", True))
     },
     "softmax gradient": (
         cross_entropy._softmax_gradient_kernel,

@@ -1,0 +1,80 @@
+"""Which rows a rank sends: each token once to every rank that holds any of its experts.
+
+In two steps, so that the counts are on their way while the order of rows is worked out: `count`, then `order`. Neither
+waits for the device.
+
+Sizes: N tokens of this rank, K top-k, G ranks, e experts of each rank, S rows sent.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_accel.kernels.message import can_prepare, count_triton
+from moe_accel.kernels.rows import RowMap
+from moe_accel.kernels.sort import can_sort, sort_triton
+
+
+class Counted(NamedTuple):
+    """Where tokens go.
+
+    Attributes:
+        counts: [G,2] int32, rows and pairs (of a token and one of its experts) for each rank.
+        ranks: [N,K] int32, rank of each choice, -1 where an earlier choice of the token has the same.
+    """
+
+    counts: Tensor
+    ranks: Tensor
+
+
+def count(choices: Tensor, num_ranks: int, num_local_experts: int) -> Counted:
+    """Of choices [N,K], experts counted over all ranks."""
+    if can_prepare(choices):
+        ranks, counts = count_triton(choices, num_ranks, num_local_experts)
+        return Counted(counts, ranks)
+    return count_torch(choices, num_ranks, num_local_experts)
+
+
+def count_torch(choices: Tensor, num_ranks: int, num_local_experts: int) -> Counted:
+    """The definition of `count`."""
+    ranks = torch.div(choices, num_local_experts, rounding_mode="floor").to(torch.int32)
+    earlier = torch.ones(ranks.shape[1], ranks.shape[1], dtype=torch.bool, device=ranks.device).tril(-1)
+    again = ((ranks[:, :, None] == ranks[:, None, :]) & earlier).any(2)
+    of_rank = ranks[..., None] == torch.arange(num_ranks, device=ranks.device, dtype=torch.int32)
+    rows, pairs = (of_rank & ~again[..., None]).sum((0, 1)), of_rank.sum((0, 1))
+    return Counted(torch.stack([rows, pairs], dim=1).to(torch.int32), ranks.masked_fill(again, -1))
+
+
+def order(counted: Counted) -> tuple[RowMap, Tensor]:
+    """The rows sent, ordered by rank, then by token, and the rank of each.
+
+    What is [S] here has room for the most rows that there can be; behind those that there are it holds nothing of
+    worth.
+    """
+    ranks, num_ranks = counted.ranks, len(counted.counts)
+    most = ranks.shape[0] * min(num_ranks, ranks.shape[1])
+    if can_sort(ranks, num_ranks):
+        found = sort_triton(ranks, num_ranks, most)
+        return RowMap(found.sources, found.copies, found.starts), found.experts
+    return order_torch(ranks, num_ranks, most)
+
+
+def order_torch(ranks: Tensor, num_ranks: int, most: int) -> tuple[RowMap, Tensor]:
+    """The definition of `order`."""
+    num_tokens, top_k = ranks.shape
+    flat = ranks.reshape(-1)
+    sent = flat >= 0
+    by_rank, pairs = flat.where(sent, num_ranks).sort(stable=True)
+    place = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(pairs.numel(), device=pairs.device))
+    # The places of what is sent, by token; all that is not sent shares one slot past the end.
+    slots = (sent.cumsum(0) - 1).where(sent, most)
+    copies = place.new_zeros(most + 1).scatter_(0, slots, place)[:most]
+    per_token = sent.view(num_tokens, top_k).sum(1)
+    sources = pairs[:most] // max(top_k, 1)
+    return RowMap(sources, copies, per_token.cumsum(0) - per_token), by_rank[:most]
+
+
+def cut(rows: RowMap, num_rows: int) -> RowMap:
+    """Without the places where there is no row."""
+    return RowMap(rows.sources[:num_rows], rows.copies[:num_rows], rows.starts)
