@@ -6,11 +6,14 @@ waits for the device.
 Sizes: N tokens of this rank, K top-k, G ranks, e experts of each rank, S rows sent.
 """
 
+import warnings
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe_accel.kernels.device import triton
 from moe_accel.kernels.message import can_prepare, count_triton
 from moe_accel.kernels.rows import RowMap
 from moe_accel.kernels.sort import can_sort, sort_triton
@@ -30,10 +33,34 @@ class Counted(NamedTuple):
 
 def count(choices: Tensor, num_ranks: int, num_local_experts: int) -> Counted:
     """Of choices [N,K], experts counted over all ranks."""
-    if can_prepare(choices):
-        ranks, counts = count_triton(choices, num_ranks, num_local_experts)
+    sizes = num_ranks, num_local_experts
+    if can_prepare(choices) and _is_counted_right(choices.device, choices.dtype, choices.shape[1], *sizes):
+        ranks, counts = count_triton(choices, *sizes)
         return Counted(counts, ranks)
-    return count_torch(choices, num_ranks, num_local_experts)
+    return count_torch(choices, *sizes)
+
+
+@cache
+def _is_counted_right(
+    device: torch.device, dtype: torch.dtype, top_k: int, num_ranks: int, num_local_experts: int
+) -> bool:
+    """Whether the kernel, as Triton compiles it for these sizes, counts as torch does: tried once, on 1000 tokens.
+
+    Rows would be lost without a word otherwise, and Triton 3.6 did get an earlier form of the kernel wrong, for some K.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    shape, num_experts = (1000, top_k), num_ranks * num_local_experts
+    choices = torch.randint(num_experts, shape, generator=generator, device=device, dtype=dtype)
+    ranks, counts = count_triton(choices, num_ranks, num_local_experts)
+    expected = count_torch(choices, num_ranks, num_local_experts)
+    if torch.equal(counts, expected.counts) and torch.equal(ranks, expected.ranks):
+        return True
+    warnings.warn(
+        f"Triton {triton.__version__} miscompiles the count of rows of {num_ranks} ranks and top {top_k}: torch counts",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 def count_torch(choices: Tensor, num_ranks: int, num_local_experts: int) -> Counted:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_accel.kernels.device import HAS_TRITON, INTERPRETED, launch, tl, triton
 
-TOKENS, ROWS = 64, 64  # of a program
+CHOICES, ROWS = 256, 64  # of a program
 
 
 def can_prepare(values: Tensor) -> bool:
@@ -35,10 +35,9 @@ def count_triton(choices: Tensor, num_ranks: int, num_local_experts: int) -> tup
     choices = choices.contiguous()
     ranks = choices.new_empty(num_tokens, top_k, dtype=torch.int32)
     counts = choices.new_zeros(num_ranks, 2, dtype=torch.int32)
-    constants = {"TOP_K": top_k, "PADDED_K": triton.next_power_of_2(top_k), "TOKENS": TOKENS}
-    padded = max(32, triton.next_power_of_2(num_ranks))
-    sizes = num_tokens, num_ranks, num_local_experts
-    launch(_count_kernel, (-(-num_tokens // TOKENS),), choices, ranks, counts, *sizes, RANKS=padded, **constants)
+    constants = {"TOP_K": top_k, "RANKS": max(32, triton.next_power_of_2(num_ranks)), "CHOICES": CHOICES}
+    sizes = choices.numel(), num_ranks, num_local_experts
+    launch(_count_kernel, (-(-choices.numel() // CHOICES),), choices, ranks, counts, *sizes, **constants)
     return ranks, counts
 
 
@@ -71,27 +70,26 @@ def _count_kernel(
     choices,
     ranks,
     counts,
-    num_tokens,
+    num_choices,
     num_ranks,
     num_local,
     TOP_K: tl.constexpr,
-    PADDED_K: tl.constexpr,
     RANKS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    CHOICES: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    k = tl.arange(0, PADDED_K)
-    at = token[:, None] * TOP_K + k[None, :]
-    inside = (token < num_tokens)[:, None] & (k < TOP_K)[None, :]
+    """One dimension throughout: on a GPU, Triton 3.6 applies a histogram's mask after a reshape to other values."""
+    at = tl.program_id(0).to(tl.int64) * CHOICES + tl.arange(0, CHOICES)
+    inside = at < num_choices
     rank = (tl.load(choices + at, mask=inside, other=0) // num_local).to(tl.int32)
-    again = tl.zeros((TOKENS, PADDED_K), tl.int32)
-    for j in tl.static_range(TOP_K):
-        other = (tl.load(choices + token * TOP_K + j, mask=token < num_tokens, other=0) // num_local).to(tl.int32)
-        again += ((other[:, None] == rank) & (j < k)[None, :]).to(tl.int32)
+    k, first = (at % TOP_K).to(tl.int32), at // TOP_K * TOP_K
+    again = tl.zeros((CHOICES,), tl.int32)
+    for j in tl.static_range(TOP_K - 1):
+        earlier = inside & (j < k)
+        other = (tl.load(choices + first + j, mask=earlier, other=0) // num_local).to(tl.int32)
+        again += (earlier & (other == rank)).to(tl.int32)
     tl.store(ranks + at, tl.where(again > 0, -1, rank), mask=inside)
-    of_all = tl.reshape(rank, (TOKENS * PADDED_K,))
-    pairs = tl.histogram(of_all, RANKS, mask=tl.reshape(inside, (TOKENS * PADDED_K,)))
-    rows = tl.histogram(of_all, RANKS, mask=tl.reshape(inside & (again == 0), (TOKENS * PADDED_K,)))
+    pairs = tl.histogram(rank, RANKS, mask=inside)
+    rows = tl.histogram(rank, RANKS, mask=inside & (again == 0))
     each = tl.arange(0, RANKS)
     tl.atomic_add(counts + each * 2, rows, mask=(each < num_ranks) & (rows > 0))
     tl.atomic_add(counts + each * 2 + 1, pairs, mask=(each < num_ranks) & (pairs > 0))

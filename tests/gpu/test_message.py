@@ -16,7 +16,15 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_ranks", "num_local"),
-    [(16_384, 8, 2, 64), (4096, 8, 8, 16), (4096, 8, 64, 2), (4096, 6, 4, 32), (1001, 3, 4, 2), (1, 1, 2, 1)],
+    [
+        (16_384, 8, 2, 64),
+        (4096, 8, 8, 16),
+        (4096, 8, 64, 2),
+        (4096, 6, 4, 32),
+        (777, 8, 8, 16),
+        (1001, 3, 4, 2),
+        (1, 1, 2, 1),
+    ],
 )
 def test_message_is_that_of_torch(num_tokens, top_k, num_ranks, num_local, dtype, skew):
     generator = torch.Generator("cuda").manual_seed(num_tokens + num_ranks)

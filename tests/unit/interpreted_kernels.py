@@ -3,6 +3,8 @@
 The interpreter computes bf16 wrongly, and must be chosen before triton is imported: TRITON_INTERPRET=1.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -87,6 +89,19 @@ def test_what_is_sent_and_in_which_order(of, dtype):
     assert ranks[:num_rows].tolist() == row_ranks
     for row, (source, rank) in enumerate(zip(ours.sources[:num_rows].tolist(), row_ranks, strict=True)):
         assert rank in (choices[source] // num_local).tolist(), row
+
+
+def test_a_count_that_is_compiled_wrong_is_noticed_and_not_used(monkeypatch):
+    def wrong(choices, *sizes):
+        expected = plan.count_torch(choices, *sizes)
+        return expected.ranks, expected.counts.roll(1, 0)
+
+    monkeypatch.setattr(plan, "count_triton", wrong)
+    choices = chosen(9, 3, 11 * 7, skew=1)  # sizes that no other test has: what is right is remembered
+    for warns in (pytest.warns(RuntimeWarning, match="of 11 ranks and top 3"), nullcontext()):
+        with warns:
+            found = plan.count(choices, 11, 7)
+        assert all(map(torch.equal, found, plan.count_torch(choices, 11, 7)))
 
 
 @pytest.mark.parametrize("of", SENT)

@@ -134,7 +134,7 @@ COMPILED = {
     "count of rows to send": (
         message._count_kernel,
         ["*i64", "*i32", "*i32", "i32", "i32", "i32"],
-        {"TOP_K": 8, "PADDED_K": 8, "RANKS": 32, "TOKENS": message.TOKENS},
+        {"TOP_K": 8, "RANKS": 32, "CHOICES": message.CHOICES},
     ),
     **{
         f"tail of a row{more}": (
