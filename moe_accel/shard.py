@@ -4,7 +4,8 @@ Stock accelerate shards everything else. `without_experts` takes the expert weig
 `shard_experts` puts them back, one layer at a time. Optimizers follow, since accelerate maps parameters by name.
 
 Where `efsdp` is one rank there is nothing to gather, and nothing to reduce: FSDP2 would copy all weights in forward and
-once more in backward, and the gradients, and take the host's time for that. There the DTensors are all (`_is_whole`).
+once more in backward, and the gradients, and take the host's time for that. There the DTensors are all (`_can_stay`);
+in mixed precision the experts function casts the weights.
 
 Persistent buffers are taken out as well where `fsdp_cpu_ram_efficient_loading` is on: accelerate 1.15 expects every
 entry of a state dict to be a DTensor there, and stops at DeepSeek-V3's `e_score_correction_bias` (accelerate#3898).
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from moe_accel.experts import stacked_parameters
+from moe_accel.experts import settings_of, stacked_parameters, why_not_gated
 from moe_accel.mesh import efsdp_mesh
 
 
@@ -64,7 +65,7 @@ def shard_experts(detached: Detached, sparse_mesh: DeviceMesh, accelerator: Any)
     detached.parameters.clear()  # each layer's full stack can go as soon as its slice is made
     for module, parameters in modules.items():
         others = set(module.parameters())  # sharded by stock accelerate already
-        is_whole = all(_is_whole(full, sparse_mesh, accelerator) for _, full in parameters)
+        is_whole = not _others_share(sparse_mesh) and _can_stay(module, parameters, accelerator)
         over = sparse_mesh if is_whole else sparse_mesh["ep"]
         while parameters:
             name, full = parameters.pop(0)
@@ -86,17 +87,27 @@ def shard_experts(detached: Detached, sparse_mesh: DeviceMesh, accelerator: Any)
         )
 
 
-def _is_whole(full: Tensor, sparse_mesh: DeviceMesh, accelerator: Any) -> bool:
-    """Whether FSDP2 would have nothing to do for a parameter but to copy it: no rank to share it with, and computed in
-    the dtype and on the device where it is."""
+def _others_share(sparse_mesh: DeviceMesh) -> bool:
+    """Whether other ranks have the same experts as this one, or parts of them."""
+    return sparse_mesh.size() > sparse_mesh["ep"].size()
+
+
+def _can_stay(module: Any, parameters: list[tuple[str, nn.Parameter]], accelerator: Any) -> bool:
+    """Whether FSDP2 can be left out for experts that nobody shares; tells the module the dtype that it would have cast
+    them to."""
     plugin = accelerator.state.fsdp_plugin
-    if sparse_mesh.size() > sparse_mesh["ep"].size() or isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         return False
     policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
-    if not full.requires_grad:
-        return policy.param_dtype in (None, full.dtype)
-    trained = torch.float32 if accelerator.mixed_precision != "no" else full.dtype
-    return {policy.param_dtype, policy.reduce_dtype} <= {None, trained}
+    upcast = accelerator.mixed_precision != "no"
+    kept = {torch.float32 if upcast and full.requires_grad else full.dtype for _, full in parameters}
+    if policy.param_dtype is None or kept == {policy.param_dtype}:
+        return True
+    settings = settings_of(module)
+    if settings.kernels == "reference" or why_not_gated(module) is not None:
+        return False  # these keep what is cast for backward: a copy of all experts of all layers
+    settings.dtype = policy.param_dtype
+    return True
 
 
 def _slice(full: Tensor, sparse_mesh: DeviceMesh, device: torch.device, from_rank_0: bool) -> Tensor:

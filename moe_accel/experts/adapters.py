@@ -171,7 +171,12 @@ class _Noting(nn.Module):
 
 
 def factors(
-    module: Any, parameter: str, ep_rank: int, ep_size: int, joined: Mapping[str, Joined] = MappingProxyType({})
+    module: Any,
+    parameter: str,
+    ep_rank: int,
+    ep_size: int,
+    joined: Mapping[str, Joined] = MappingProxyType({}),
+    dtype: torch.dtype | None = None,
 ) -> Factors | None:
     """The factors that are active on a parameter now, for the experts of this rank.
 
@@ -179,15 +184,16 @@ def factors(
     this rank's experts are scaled as in `scale.py`, the other way: they are averaged over all ranks.
 
     Returns:
-        [e,in,r] and [e,r,out] in the dtype that autocast says, or of the weights; None where no adapter is active.
-        Within `joined` where the weights are there and have room: to be read before another forward of the module.
+        [e,in,r] and [e,r,out] in `dtype`, or what autocast says, or that of the weights; None where no adapter is
+        active. Within `joined` where the weights are there and have room: to be read before another forward of the
+        module.
     """
     note = module.__dict__.get("_moe_accel_adapters", {}).get(parameter)
     if note is None or not note[1]:
         return None
     wrapper, names = note
     weight = getattr(module, parameter)
-    dtype = autocast_dtype(weight.device) or weight.dtype
+    of_factors: torch.dtype = dtype or autocast_dtype(weight.device) or weight.dtype
     given = []
     for name in names:
         given += [wrapper.lora_A[name].weight, wrapper.lora_B[name].weight]
@@ -197,8 +203,8 @@ def factors(
     place = joined.get(parameter)
     if place is not None:
         matrix = weight if module.is_transposed else weight.transpose(1, 2)
-        place = place if place.holds(matrix, source.padded, dtype) else None
-    a, b = _Factors.apply(dtype, ep_size, source, place, *given)  # pyright: ignore[reportGeneralTypeIssues]
+        place = place if place.holds(matrix, source.padded, of_factors) else None
+    a, b = _Factors.apply(of_factors, ep_size, source, place, *given)  # pyright: ignore[reportGeneralTypeIssues]
     return Factors(a, b, place, source)
 
 

@@ -40,6 +40,8 @@ class Settings:
         ep_rank: which of them this is.
         lean: whether backward computes the first projection again, rather than its output being kept.
         counting: whether to count `load`.
+        dtype: in which weights kept in another are computed, as FSDP2's mixed precision says, where FSDP2 is not there
+            to cast them; of tokens that are sent, too. None: no cast but autocast's.
         beside: the shared expert of the same block, where it is computed while tokens travel.
         joined: weights of this module that have room for their adapters, by name.
         apart: rank of the adapters of those that had, before a state dict was made of them.
@@ -53,6 +55,7 @@ class Settings:
     ep_rank: int = 0
     lean: bool = False
     counting: bool = False
+    dtype: torch.dtype | None = None
     beside: Beside | None = None
     joined: dict[str, Joined] = field(default_factory=dict)
     apart: dict[str, int] = field(default_factory=dict)
@@ -61,12 +64,18 @@ class Settings:
 
     def __deepcopy__(self, memo: dict) -> "Settings":
         """A copied module shares the transport (process groups cannot be copied) and starts without history."""
-        beside = copy.deepcopy(self.beside, memo)
-        return Settings(self.kernels, self.dispatcher, self.ep_size, self.ep_rank, self.lean, self.counting, beside)
+        copied = Settings(*self._plain)
+        copied.beside = copy.deepcopy(self.beside, memo)
+        return copied
 
     def __reduce__(self) -> tuple:
         """Pickled as it is copied."""
-        return _loaded, (self.kernels, self.dispatcher, self.ep_size, self.ep_rank, self.counting)
+        return _loaded, self._plain
+
+    @property
+    def _plain(self) -> tuple[Any, ...]:
+        """What it is made of, in the order of the fields, up to those with a history."""
+        return self.kernels, self.dispatcher, self.ep_size, self.ep_rank, self.lean, self.counting, self.dtype
 
 
 def _loaded(*values: Any) -> Settings:
@@ -154,6 +163,7 @@ def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor
     """`combine(experts(dispatch(x)))`, with the gradient scale of `scale.py` around it."""
     dispatcher: Any = settings.dispatcher
     num_local_experts = module.num_experts // settings.ep_size
+    of_output, x = x.dtype, x if settings.dtype is None else x.to(settings.dtype)
     record = settings.records.find(choices)
     new = Record(choices) if record is None and torch.is_grad_enabled() and not in_backward() else None
     x = scale_gradient(x, settings.ep_size)
@@ -170,7 +180,7 @@ def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor
     y_r = _compute(module, settings, x_r, choices_r, weights_r, routing)
     # Scaled before combine and not after: scale_gradient returns a view, and a model's `experts_out += shared_out` on a
     # view would drop the hook by which FSDP2 gathers the experts for backward.
-    return dispatcher.combine(scale_gradient(y_r, 1 / settings.ep_size, new), handle)
+    return dispatcher.combine(scale_gradient(y_r, 1 / settings.ep_size, new), handle).to(of_output)
 
 
 def _compute(
@@ -181,19 +191,19 @@ def _compute(
         _join(module, settings)
     ep = settings.ep_rank, settings.ep_size
     joined = settings.joined if settings.joined and why_not_gated(module) is None else {}
-    up, down = (factors(module, name, *ep, joined) for name in projections(module))
+    up, down = (factors(module, name, *ep, joined, settings.dtype) for name in projections(module))
     if settings.kernels == "reference" or routing is None:
         return reference_experts(module, x, choices, weights, norm_scale, (up, down))
     how: Any = (module, x, routing, weights, norm_scale, (up, down), settings.lean)
     if settings.kernels == "te":
-        found: Any = _with_te(*how)
-        return found
-    return fused_experts(*how)
+        with_te: Any = _with_te
+        return with_te(settings.dtype, *how)
+    return fused_experts(*how, dtype=settings.dtype)
 
 
 @torch.compiler.disable  # sizes of groups on the host: a compiled graph would be made anew for every batch
-def _with_te(module: Any, x: Tensor, routing: LocalRouting, *how: Any) -> Tensor:
-    return fused_experts(module, x, routing, *how, gemm=te.grouped_gemm(routing.sizes))
+def _with_te(dtype: torch.dtype | None, module: Any, x: Tensor, routing: LocalRouting, *how: Any) -> Tensor:
+    return fused_experts(module, x, routing, *how, gemm=te.grouped_gemm(routing.sizes), dtype=dtype)
 
 
 def _count(settings: Settings, routing: LocalRouting | None) -> None:

@@ -32,17 +32,18 @@ def fused_experts(
     adapters: tuple[Factors | None, Factors | None] = (None, None),
     lean: bool = False,
     gemm: GroupedGemm = TORCH,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Weighted sum of each row's experts: x [R,H], weights [R,K] -> [R,H] in the dtype of x.
 
     `norm_scale`: see `weights.post_norm`. `adapters`: of the two projections, see `adapters.factors`. `lean`: keep less
-    for backward, where `gated.py` can. `gemm`: who multiplies.
+    for backward, where `gated.py` can. `gemm`: who multiplies. `dtype`: of the products, there, too.
     """
     (up, up_bias), (down, down_bias) = up_weight(module), down_weight(module)
     weight_p = pick(weights, routing)
     if why_not_gated(module) is None:
         gate = find_gate(module) if module.has_gate else None
-        return gated_experts(x, up, down, weight_p, routing, *adapters, gate, (up_bias, down_bias), lean, gemm)
+        return gated_experts(x, up, down, weight_p, routing, *adapters, gate, (up_bias, down_bias), lean, gemm, dtype)
     h_ph = gather_rows(x, routing.rows)
     u_pu = _add_bias(gemm.multiply(h_ph, up, routing.ends), up_bias, routing)
     a_pi = activate(module, _add(u_pu, _low_rank(gemm, h_ph, adapters[0], routing))).to(u_pu.dtype)

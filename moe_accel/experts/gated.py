@@ -12,6 +12,9 @@ the [P,r] between its factors is kept too. What is frozen gets no gradient compu
 The first projection's bias is added in the gate. The second's is summed over a row's experts, with their routing
 weights, by a product of its own: a row has K experts of e, and [R,e] of weights times [e,H] costs next to nothing.
 
+Weights kept in another dtype than they are computed in (fp32 under bf16 autocast) are cast where they are used, in
+forward and once more in backward: no copy of them is kept between.
+
 A `lean` module does not keep the first projection's output either, the largest thing by far: backward computes it once
 more. Of a layer of Qwen3-30B-A3B that is a third of all its activations for a tenth of the time of a recompute.
 
@@ -30,7 +33,7 @@ from moe_accel.experts.gates import find_gate
 from moe_accel.experts.joined import Projection
 from moe_accel.experts.routing import LocalRouting
 from moe_accel.experts.weights import has_post_norm
-from moe_accel.kernels.device import as_autocast, without_autocast
+from moe_accel.kernels.device import autocast_dtype, without_autocast
 from moe_accel.kernels.glu import SWIGLU, ExpertBias, Gate, glu, glu_backward
 from moe_accel.kernels.grouped import TORCH, GroupedGemm
 from moe_accel.kernels.rows import RowMap, gather, sum_copies
@@ -66,6 +69,7 @@ def gated_experts(
     biases: tuple[Tensor | None, Tensor | None] = (None, None),
     lean: bool = False,
     gemm: GroupedGemm = TORCH,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Weighted sum of each row's experts.
 
@@ -81,11 +85,12 @@ def gated_experts(
         biases: [e,2I], of a projection with a gate, and [e,H], in their own dtypes.
         lean: compute the first projection again in backward rather than keep its output.
         gemm: who multiplies.
+        dtype: of the products; None: as autocast says, else that of x.
 
     Returns:
         [R,H] in the dtype of x, differentiable once in x, up, down, weight_p, the factors and the biases.
     """
-    x_, up, down = as_autocast(x, up, down)
+    x_ = x.to(dtype or autocast_dtype(x.device) or x.dtype)
     pairs, joined = [], []
     for given in (up_factors, down_factors):
         a, b, place, source = given or (None, None, None, None)
@@ -135,7 +140,8 @@ class _Inner(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.joined, ctx.gate, ctx.gemm = joined, gate, gemm
-        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), joined, gemm)
+        # `down` is not multiplied by here: its shape says what there is room for
+        to_u, to_y = _projections(up.to(x.dtype), down, (up_a, up_b), (down_a, down_b), joined, gemm)
         rows = gather(x, RowMap(sources, copies, starts), to_u.tail)
         up_low = to_u.low(rows, ends)
         u, u_more = to_u.product(rows, up_low, ends)
@@ -163,7 +169,9 @@ class _Inner(torch.autograd.Function):
         needs_x, needs_up, needs_down, needs_weight, *needs_factors = ctx.needs_input_grad[:8]
         needs_up_bias, needs_down_bias = ctx.needs_input_grad[8:10]
         gemm: GroupedGemm = ctx.gemm
-        to_u, to_y = _projections(up, down, (up_a, up_b), (down_a, down_b), ctx.joined, gemm)
+        matrices = up.to(x.dtype), down.to(x.dtype)
+        to_u, to_y = _projections(*matrices, (up_a, up_b), (down_a, down_b), ctx.joined, gemm)
+        del matrices
         factors: Any = to_u.a, to_u.b, to_y.a, to_y.b
         up_a, up_b, down_a, down_b = factors
         of_u, of_y = to_u.transposed(), to_y.transposed()
@@ -182,7 +190,7 @@ class _Inner(torch.autograd.Function):
         del of_a
         del a_grad, a_grad_more, u_more, u
         y_grad = y_grad[:, : down.shape[2]]
-        down_grad = _like(gemm, down, a, y_grad, ends) if needs_down else None
+        down_grad = _like(gemm, down, a, y_grad, ends).to(down.dtype) if needs_down else None
         down_factors_grad = (
             _like(gemm, down_a, a, down_low_grad, ends) if needs_factors[2] else None,
             _like(gemm, down_b, down_low, y_grad, ends) if needs_factors[3] else None,
@@ -198,7 +206,7 @@ class _Inner(torch.autograd.Function):
         if rows is None and (needs_up or needs_factors[0]):
             rows = gather(x, places)
         rows = None if rows is None else rows[:, : up.shape[1]]
-        up_grad = _like(gemm, up, rows, u_grad, ends) if needs_up else None
+        up_grad = _like(gemm, up, rows, u_grad, ends).to(up.dtype) if needs_up else None
         up_factors_grad = (
             _like(gemm, up_a, rows, up_low_grad, ends) if needs_factors[0] else None,
             _like(gemm, up_b, up_low, u_grad, ends) if needs_factors[1] else None,
@@ -242,7 +250,7 @@ class _Outer(torch.autograd.Function):
         gemm,
     ) -> Tensor:
         whole = None if joined is None else joined[0].whole
-        y, y_more = Projection(gemm, down, down_a, down_b, whole).product(a, down_low, ends)
+        y, y_more = Projection(gemm, down.to(a.dtype), down_a, down_b, whole).product(a, down_low, ends)
         y = sum_copies(y, copies, starts, y_more)
         if down_bias is None:
             return y

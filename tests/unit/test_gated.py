@@ -1,6 +1,9 @@
 """Experts under autocast: weights stay in fp32, products are in bf16, as with transformers' own experts."""
 
 import copy
+import dataclasses
+import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +45,33 @@ def test_under_autocast_values_and_gradients_are_those_of_transformers_within_bf
         assert found[1][name].dtype == expected.dtype, name
         # a handful of roundings to bf16 (2^-9 each), at other places in the two
         assert (found[1][name] - expected).norm() <= 8 * 2**-9 * expected.norm(), name
+
+
+@pytest.mark.parametrize("as_setting", [False, True], ids=["autocast", "of-settings"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_no_copy_of_weights_in_the_dtype_they_are_computed_in_is_kept_for_backward(family, as_setting):
+    experts.register()
+    module: Any = next(module for _, module in experts_modules(build_tiny(family, torch.float32)))
+    experts.install(module, experts.Settings("fused", dtype=torch.bfloat16 if as_setting else None))
+    width = module.down_proj.shape[2 if module.is_transposed else 1]
+    x, kept = torch.randn(NUM_TOKENS, width), []
+    choices = torch.randn(NUM_TOKENS, module.num_experts).topk(TOP_K).indices
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=not as_setting):
+        output = module(x, choices, torch.rand(NUM_TOKENS, TOP_K))
+    assert output.dtype == torch.float32
+    stacks = [each for each in kept if each.ndim == 3]
+    assert len(stacks) == 2
+    assert {each.dtype for each in stacks} == {torch.float32}
+    assert {each.data_ptr() for each in stacks} <= {each.data_ptr() for each in module.parameters()}
+    output.sum().backward()
+    assert {each.grad.dtype for each in module.parameters()} == {torch.float32}
+
+
+def test_settings_are_pickled_with_all_that_they_say():
+    settings = experts.Settings("reference", ep_size=2, ep_rank=1, lean=True, dtype=torch.bfloat16)
+    for twin in (pickle.loads(pickle.dumps(settings)), copy.deepcopy(settings)):
+        assert dataclasses.replace(twin, records=settings.records) == settings
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["", "adapted"])
