@@ -94,18 +94,21 @@ def _others_share(sparse_mesh: DeviceMesh) -> bool:
 
 def _can_stay(module: Any, parameters: list[tuple[str, nn.Parameter]], accelerator: Any) -> bool:
     """Whether FSDP2 can be left out for experts that nobody shares; tells the module the dtype that it would have cast
-    them to."""
+    weights and tokens to."""
     plugin = accelerator.state.fsdp_plugin
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         return False
     policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
     upcast = accelerator.mixed_precision != "no"
     kept = {torch.float32 if upcast and full.requires_grad else full.dtype for _, full in parameters}
-    if policy.param_dtype is None or kept == {policy.param_dtype}:
+    if policy.param_dtype is None:
         return True
     settings = settings_of(module)
-    if settings.kernels == "reference" or why_not_gated(module) is not None:
-        return False  # these keep what is cast for backward: a copy of all experts of all layers
+    keeps_copies = (
+        settings.kernels == "reference" or why_not_gated(module) is not None
+    )  # of what it casts, for backward
+    if keeps_copies and kept != {policy.param_dtype}:
+        return False
     settings.dtype = policy.param_dtype
     return True
 

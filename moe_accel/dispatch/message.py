@@ -1,8 +1,7 @@
 """Rows with what belongs to them, in one message: [ hidden states | routing weights | choices | room ].
 
 One exchange instead of three: each costs the host a tenth of a millisecond and the device its start, whatever it
-carries. The tail is bytes, whatever the dtypes; a row is whole 16 bytes, and what receives it reads hidden states in
-their place, row by row.
+carries. The tail is bytes, whatever the dtypes, and what receives it reads hidden states in their place, row by row.
 
 Sizes: S rows, N tokens, H hidden, K top-k.
 """
@@ -16,7 +15,9 @@ from moe_accel.kernels.message import can_prepare, write_triton
 from moe_accel.kernels.more import with_tail
 from moe_accel.kernels.rows import RowMap, gather
 
-INT32_BYTES, ALIGNMENT = 4, 16
+INT32_BYTES = 4
+COLUMNS = 16
+"""A row is a multiple of these: only if 16 divides its number of values does Triton read 16 bytes at once."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Layout:
     @property
     def tail(self) -> int:
         """Columns behind the hidden states, in their dtype."""
-        used = self.first + self.weights_bytes + self.has_choices * self.top_k * INT32_BYTES
-        return (-(-used // ALIGNMENT) * ALIGNMENT - self.first) // self.dtype.itemsize
+        used = self.weights_bytes + self.has_choices * self.top_k * INT32_BYTES
+        columns = self.hidden + -(-used // self.dtype.itemsize)
+        return -(-columns // COLUMNS) * COLUMNS - self.hidden
 
 
 def pack(

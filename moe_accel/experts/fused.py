@@ -37,24 +37,29 @@ def fused_experts(
     """Weighted sum of each row's experts: x [R,H], weights [R,K] -> [R,H] in the dtype of x.
 
     `norm_scale`: see `weights.post_norm`. `adapters`: of the two projections, see `adapters.factors`. `lean`: keep less
-    for backward, where `gated.py` can. `gemm`: who multiplies. `dtype`: of the products, there, too.
+    for backward, where `gated.py` can. `gemm`: who multiplies. `dtype`: of the products; None: as they come.
     """
     (up, up_bias), (down, down_bias) = up_weight(module), down_weight(module)
     weight_p = pick(weights, routing)
     if why_not_gated(module) is None:
         gate = find_gate(module) if module.has_gate else None
         return gated_experts(x, up, down, weight_p, routing, *adapters, gate, (up_bias, down_bias), lean, gemm, dtype)
+    of_output = x.dtype
+    if dtype is not None:
+        x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
+        up_bias, down_bias = (None if each is None else each.to(dtype) for each in (up_bias, down_bias))
     h_ph = gather_rows(x, routing.rows)
     u_pu = _add_bias(gemm.multiply(h_ph, up, routing.ends), up_bias, routing)
     a_pi = activate(module, _add(u_pu, _low_rank(gemm, h_ph, adapters[0], routing))).to(u_pu.dtype)
     if has_post_norm(module):  # of the unweighted output
         y_ph = _add_bias(gemm.multiply(a_pi, down, routing.ends), down_bias, routing)
         y_ph = _add(y_ph, _low_rank(gemm, a_pi, adapters[1], routing)).to(y_ph.dtype)
-        return sum_rows(_Weigh.apply(post_norm(module, y_ph, norm_scale), weight_p), routing.rows)  # pyright: ignore[reportArgumentType]
+        y_ph: Any = _Weigh.apply(post_norm(module, y_ph, norm_scale), weight_p)
+        return sum_rows(y_ph, routing.rows).to(of_output)
     a_pi = _Weigh.apply(a_pi, weight_p)
     y_ph = gemm.multiply(a_pi, down, routing.ends)  # pyright: ignore[reportArgumentType]
     y_ph = _add_bias(y_ph, down_bias, routing, weight_p)
-    return sum_rows(y_ph, routing.rows, _low_rank(gemm, a_pi, adapters[1], routing))
+    return sum_rows(y_ph, routing.rows, _low_rank(gemm, a_pi, adapters[1], routing)).to(of_output)
 
 
 def _low_rank(gemm: GroupedGemm, rows: Any, factors: Factors | None, routing: LocalRouting) -> Tensor | None:

@@ -53,7 +53,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if not first.is_cuda:
         kernel[grid](*args, **constants)
         return
-    start, device = _launch_compiled if LAUNCHES_COMPILED else _launch, first.get_device()
+    past_triton = LAUNCHES_COMPILED and not torch.compiler.is_compiling()  # Dynamo knows Triton's own launch
+    start, device = _launch_compiled if past_triton else _launch, first.get_device()
     if device == torch._C._cuda_getDevice():
         start(kernel, grid, device, args, constants)
     else:
@@ -77,14 +78,15 @@ def _launch_compiled(
     for each in args:
         if isinstance(each, Tensor):
             value = each.data_ptr()
-            key += each.dtype, value % 16
+            key += each.dtype, value % 16 == 0, each.is_cuda
         else:
             value = each
             key += _kind_of(each)
         values.append(value)
     key = tuple(key)
     known = _compiled.get(key)
-    if known is None or triton.knobs.runtime.launch_enter_hook.calls:  # a profiler's: Triton calls them
+    hooks = triton.knobs.runtime
+    if known is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler's: Triton's to call
         compiled = kernel[grid](*args, **constants)
         names = [name for name in kernel.arg_names if name in constants]
         if kernel.arg_names[len(args) :] == names:
@@ -102,7 +104,7 @@ _compiled: dict[Any, tuple[Any, list[Any], Any]] = {}
 
 def _kind_of(argument: Any) -> tuple[Any, ...]:
     if isinstance(argument, int) and not isinstance(argument, bool):
-        return argument == 1, argument % 16, -(2**31) <= argument < 2**31
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     return type(argument), argument
 
 

@@ -2,13 +2,15 @@
 
 backward   with n = x * r, r = 1 / sqrt(mean(x^2) + eps) and g = dy * (offset + weight):
            dx = r * (g - n * mean(g * n)), dweight = sum over rows of dy * n
-Between them r is kept, and x, which the layer before keeps anyway. Each program walks over its own rows and sums
-dweight of them in fp32; a second kernel adds the programs' sums, each in the same order: the same bits every time.
+Between them r is kept, and x, which the layer before keeps anyway. Each program of backward walks over its own rows
+and sums dweight of them in fp32; a second kernel adds the programs' sums, each in the same order: the same bits every
+time.
 Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019).
 
-Both kernels wait for memory: what counts is how many bytes are under way. In wide rows a thread has 8 values, in bf16
-one load of 16 bytes, so that backward needs no more than 64 registers and 1024 threads of it are on a multiprocessor at
-once; while a row is computed the next ones are already on their way into shared memory (`STAGES`).
+Both kernels wait for memory: what counts is how many bytes are under way. Forward has a program for each tile, and many
+of those on a multiprocessor at once. Backward has as many programs as there is room for, 512 threads of 16 values in
+wide rows; while a row is computed the next two are already on their way into shared memory (`STAGES`). `tiles` has the
+fastest of many.
 
 Sizes: N rows, H width, P programs.
 """
@@ -51,7 +53,7 @@ def tiles(width: int) -> tuple[Tile, Tile]:
         return Tile(rows, 4, None, 1), Tile(rows, 4, 7, 1)
     num_warps = min(32, columns // 512)
     stages = 3 if columns <= 8192 else 1  # wider ones in fp32 have no room in shared memory
-    return Tile(1, 4, None, 1), Tile(1, num_warps, max(1, 16 // num_warps), stages)
+    return Tile(1, max(4, columns // 2048), None, 1), Tile(1, num_warps, max(1, 16 // num_warps), stages)
 
 
 def padded(width: int) -> int:

@@ -68,3 +68,14 @@ def test_experts_that_are_offloaded_are_fsdps_to_bring(policy):
         plugin = SimpleNamespace(cpu_offload=offload, mixed_precision_policy=policy)
         accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no")
         assert shard._can_stay(module, list(module.named_parameters()), accelerator) is stays
+
+
+@pytest.mark.parametrize("kernels", ["fused", "reference"])
+def test_experts_in_the_dtype_of_mixed_precision_take_tokens_in_it(kernels):
+    """FSDP2 casts what a module is given."""
+    module = next(module for _, module in experts_modules(build_tiny("qwen3_moe", torch.bfloat16)))
+    experts.install(module, experts.Settings(kernels))
+    plugin = SimpleNamespace(cpu_offload=None, mixed_precision_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no")
+    assert shard._can_stay(module, list(module.named_parameters()), accelerator)
+    assert experts.settings_of(module).dtype == torch.bfloat16

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from moe_accel import MoEConfig, experts
 from moe_accel.experts.adapters import Factors
-from moe_accel.experts.gated import gated_experts
+from moe_accel.experts.gated import gated_experts, why_not_gated
 from moe_accel.experts.routing import sort_by_expert
 from tests.families import build_tiny, experts_modules, tiny_inputs, tiny_loss
 
@@ -65,6 +65,24 @@ def test_no_copy_of_weights_in_the_dtype_they_are_computed_in_is_kept_for_backwa
     assert {each.dtype for each in stacks} == {torch.float32}
     assert {each.data_ptr() for each in stacks} <= {each.data_ptr() for each in module.parameters()}
     output.sum().backward()
+    assert {each.grad.dtype for each in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
+def test_experts_that_get_a_hook_later_compute_in_the_dtype_of_their_settings_too(family):
+    experts.register()
+    module: Any = next(module for _, module in experts_modules(build_tiny(family, torch.float32)))
+    experts.install(module, experts.Settings("fused", dtype=torch.bfloat16))
+    width = module.down_proj.shape[2 if module.is_transposed else 1]
+    x, weights = torch.randn(NUM_TOKENS, width), torch.rand(NUM_TOKENS, TOP_K)
+    choices = torch.randn(NUM_TOKENS, module.num_experts).topk(TOP_K).indices
+    expected = module(x, choices, weights)
+    module.act_fn.register_forward_hook(lambda *_: None)
+    assert why_not_gated(module)
+    found = module(x, choices, weights)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() <= 8 * 2**-9 * expected.norm()
+    found.sum().backward()
     assert {each.grad.dtype for each in module.parameters()} == {torch.float32}
 
 

@@ -84,9 +84,10 @@ def test_another_kernel_is_never_taken_for_one_that_is_gone(launched):
         assert (kernel.num_compiled, kernel.runs) == (1, [])
 
 
-def test_triton_itself_launches_under_a_profiler(launched, monkeypatch):
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_triton_itself_launches_under_a_profiler(launched, monkeypatch, hook):
     launched(at(0), at(16), 33)
-    monkeypatch.setattr(device.triton.knobs.runtime.launch_enter_hook, "calls", [lambda *_: None])
+    monkeypatch.setattr(getattr(device.triton.knobs.runtime, hook), "calls", [lambda *_: None])
     kernel = launched(at(0), at(16), 33)
     assert kernel.num_compiled == 2
     assert not kernel.runs
