@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.processes import FSDP2
+from tests.gpu.processes import FSDP2, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,14 +107,11 @@ def run_alone(function: Callable[..., Any], **kwargs: Any) -> Any:
 def _rendezvous(num_ranks: int) -> dict[str, str]:
     if num_ranks == 1:
         return {}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     return {
         "WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         **({"GLOO_SOCKET_IFNAME": loopback} if loopback else {}),
     }
 

@@ -5,6 +5,7 @@ Needs no torch: whoever starts ranks takes no GPU and no time.
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import time
@@ -43,6 +44,20 @@ class Ended:
     seconds: float
 
 
+PORTS = 15_000, 32_000
+"""Below those that systems give out by themselves: one of these may be taken before the ranks have it."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on now, and nobody is given by chance."""
+    for _ in range(1000):
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no port of {PORTS} is free")
+
+
 def run_ranks(
     command: Sequence[str], num_ranks: int, environment: Mapping[str, str], folder: Path, limit_s: float
 ) -> Ended:
@@ -55,9 +70,7 @@ def run_ranks(
         folder: for what they print, `RANK.txt`.
         limit_s: seconds after which all are killed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH)}
     ranks, files, start = [], [Path(folder, f"{rank}.txt") for rank in range(num_ranks)], time.monotonic()
     try:
