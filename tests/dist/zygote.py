@@ -105,6 +105,7 @@ def _be_rank(rank: int, function: Any, kwargs: dict[str, Any], request: dict[str
         os.dup2(output, 1)
         os.dup2(output, 2)
         faulthandler.enable()  # a rank that dies by a signal says where each thread was
+        torch.set_num_threads(1)  # torch replaces its pool after a fork, and only one thread at once may make it do so
         os.environ.update(request["environment"])
         if request["num_ranks"] > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(request["num_ranks"]))
