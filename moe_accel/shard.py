@@ -69,9 +69,8 @@ def shard_experts(detached: Detached, sparse_mesh: DeviceMesh, accelerator: Any)
         over = sparse_mesh if is_whole else sparse_mesh["ep"]
         while parameters:
             name, full = parameters.pop(0)
-            upcast = accelerator.mixed_precision != "no" and full.requires_grad
             part = _slice(full, sparse_mesh, accelerator.device, plugin.cpu_ram_efficient_loading)
-            part = part.float() if upcast else part  # as accelerate does to every other trainable parameter
+            part = part.to(_kept_dtype(full, accelerator))
             tensor = DTensor.from_local(part, over, [Shard(0)] * over.ndim, run_check=False)
             module.register_parameter(name, nn.Parameter(tensor, requires_grad=full.requires_grad))
         if is_whole:
@@ -99,18 +98,19 @@ def _can_stay(module: Any, parameters: list[tuple[str, nn.Parameter]], accelerat
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         return False
     policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
-    upcast = accelerator.mixed_precision != "no"
-    kept = {torch.float32 if upcast and full.requires_grad else full.dtype for _, full in parameters}
     if policy.param_dtype is None:
         return True
     settings = settings_of(module)
-    keeps_copies = (
-        settings.kernels == "reference" or why_not_gated(module) is not None
-    )  # of what it casts, for backward
-    if keeps_copies and kept != {policy.param_dtype}:
-        return False
+    casts = {_kept_dtype(full, accelerator) for _, full in parameters} != {policy.param_dtype}
+    if casts and (settings.kernels == "reference" or why_not_gated(module) is not None):
+        return False  # these keep for backward what they cast: a copy of all experts of all layers
     settings.dtype = policy.param_dtype
     return True
+
+
+def _kept_dtype(full: nn.Parameter, accelerator: Any) -> torch.dtype:
+    """Of a parameter when it is sharded: as accelerate does it to every other one."""
+    return torch.float32 if accelerator.mixed_precision != "no" and full.requires_grad else full.dtype
 
 
 def _slice(full: Tensor, sparse_mesh: DeviceMesh, device: torch.device, from_rank_0: bool) -> Tensor:

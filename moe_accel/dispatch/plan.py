@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_accel.kernels.device import triton
 from moe_accel.kernels.message import can_prepare, count_triton
 from moe_accel.kernels.rows import RowMap
-from moe_accel.kernels.sort import can_sort, sort_triton
+from moe_accel.kernels.sort import sort_pairs
 
 
 class Counted(NamedTuple):
@@ -81,25 +81,8 @@ def order(counted: Counted) -> tuple[RowMap, Tensor]:
     """
     ranks, num_ranks = counted.ranks, len(counted.counts)
     most = ranks.shape[0] * min(num_ranks, ranks.shape[1])
-    if can_sort(ranks, num_ranks):
-        found = sort_triton(ranks, num_ranks, most)
-        return RowMap(found.sources, found.copies, found.starts), found.experts
-    return order_torch(ranks, num_ranks, most)
-
-
-def order_torch(ranks: Tensor, num_ranks: int, most: int) -> tuple[RowMap, Tensor]:
-    """The definition of `order`."""
-    num_tokens, top_k = ranks.shape
-    flat = ranks.reshape(-1)
-    sent = flat >= 0
-    by_rank, pairs = flat.where(sent, num_ranks).sort(stable=True)
-    place = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(pairs.numel(), device=pairs.device))
-    # The places of what is sent, by token; all that is not sent shares one slot past the end.
-    slots = (sent.cumsum(0) - 1).where(sent, most)
-    copies = place.new_zeros(most + 1).scatter_(0, slots, place)[:most]
-    per_token = sent.view(num_tokens, top_k).sum(1)
-    sources = pairs[:most] // max(top_k, 1)
-    return RowMap(sources, copies, per_token.cumsum(0) - per_token), by_rank[:most]
+    found = sort_pairs(ranks, num_ranks, most)
+    return RowMap(found.sources, found.copies, found.starts), found.experts
 
 
 def cut(rows: RowMap, num_rows: int) -> RowMap:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_accel.kernels.grouped import group_sizes
 from moe_accel.kernels.rows import RowMap
-from moe_accel.kernels.sort import can_sort, sort_triton
+from moe_accel.kernels.sort import sort_pairs
 
 
 @dataclass(frozen=True)
@@ -43,42 +43,9 @@ class LocalRouting:
 
 
 def sort_by_expert(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> LocalRouting:
-    """Sort the pairs by expert, without any copy from the device to the host.
-
-    Args:
-        choices: [R,K] integer, local expert of each choice; -1 for one that is not computed here.
-        num_experts: e.
-        num_pairs: how many choices are not -1; None where all are.
-    """
-    if can_sort(choices, num_experts):
-        pairs, experts, ends, *rows = sort_triton(choices, num_experts, num_pairs)
-        return LocalRouting(pairs, experts, ends, RowMap(*rows))
-    return sort_torch(choices, num_experts, num_pairs)
-
-
-def sort_torch(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> LocalRouting:
-    """The definition of `sort_by_expert`."""
-    num_rows, top_k = choices.shape
-    flat = choices.reshape(-1)
-    # One radix sort: fewer bits are fewer passes. What is not computed here goes to the tail.
-    keys = flat.to(torch.int16 if num_experts < 2**15 else torch.int64)
-    if num_pairs is not None:
-        keys = keys.where(flat >= 0, num_experts)
-    keys, pairs = keys.sort(stable=True)
-    place = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(pairs.numel(), device=pairs.device))
-    if num_pairs is None:
-        starts = torch.arange(0, pairs.numel(), max(top_k, 1), device=pairs.device)
-    else:
-        keys, pairs = keys[:num_pairs], pairs[:num_pairs]
-        local = flat >= 0
-        # The places of the local pairs, in order of rows; all others are written to one slot past the end.
-        slots = (local.cumsum(0) - 1).where(local, num_pairs)
-        place = place.new_empty(num_pairs + 1).scatter_(0, slots, place)[:num_pairs]
-        per_row = local.view(num_rows, top_k).sum(1)
-        starts = per_row.cumsum(0) - per_row
-    all_experts = torch.arange(num_experts, device=keys.device, dtype=keys.dtype)
-    ends = torch.searchsorted(keys, all_experts, right=True, out_int32=True)
-    return LocalRouting(pairs, keys, ends, RowMap(pairs // max(top_k, 1), place, starts))
+    """The pairs by expert, as `kernels.sort.sort_pairs` sorts them."""
+    pairs, experts, ends, *rows = sort_pairs(choices, num_experts, num_pairs)
+    return LocalRouting(pairs, experts, ends, RowMap(*rows))
 
 
 def pick(weights: Tensor, routing: LocalRouting) -> Tensor:

@@ -3,7 +3,6 @@
 torch's radix sort and what is made of its result are some ten small kernels: for a few ten thousand pairs, starting
 them costs more than the work. Here (1) each block of pairs counts its experts, (2) for each expert the counts are
 summed over the blocks before, (3) each block puts its pairs where they belong, and what follows from that beside them.
-The definition in plain torch is `sort_torch` of `moe_accel/experts/routing.py`.
 
 Sizes: R rows, K top-k, e local experts, P pairs of which a rank computes, B blocks, E experts padded to a power of two.
 """
@@ -40,6 +39,44 @@ class SortedPairs(NamedTuple):
     starts: Tensor
 
 
+def sort_pairs(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> SortedPairs:
+    """Sort the pairs by expert, without any copy from the device to the host.
+
+    Args:
+        choices: [R,K] integer, local expert of each choice; -1 for one that is not computed here.
+        num_experts: e.
+        num_pairs: how many choices are not -1; None where all are. If it is more, what is [P] holds nothing of worth
+            behind those that there are.
+    """
+    form = sort_triton if can_sort(choices, num_experts) else sort_torch
+    return form(choices, num_experts, num_pairs)
+
+
+def sort_torch(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> SortedPairs:
+    """The definition of `sort_pairs`."""
+    num_rows, top_k = choices.shape
+    flat = choices.reshape(-1)
+    # One radix sort: fewer bits are fewer passes. What is not computed here goes to the tail.
+    keys = flat.to(torch.int16 if num_experts < 2**15 else torch.int64)
+    if num_pairs is not None:
+        keys = keys.where(flat >= 0, num_experts)
+    keys, pairs = keys.sort(stable=True)
+    place = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(pairs.numel(), device=pairs.device))
+    if num_pairs is None:
+        starts = torch.arange(0, pairs.numel(), max(top_k, 1), device=pairs.device)
+    else:
+        keys, pairs = keys[:num_pairs], pairs[:num_pairs]
+        local = flat >= 0
+        # The places of the local pairs, in order of rows; all others are written to one slot past the end.
+        slots = (local.cumsum(0) - 1).where(local, num_pairs)
+        place = place.new_empty(num_pairs + 1).scatter_(0, slots, place)[:num_pairs]
+        per_row = local.view(num_rows, top_k).sum(1)
+        starts = per_row.cumsum(0) - per_row
+    all_experts = torch.arange(num_experts, device=keys.device, dtype=keys.dtype)
+    ends = torch.searchsorted(keys, all_experts, right=True, out_int32=True)
+    return SortedPairs(pairs, keys, ends, pairs // max(top_k, 1), place, starts)
+
+
 def can_sort(choices: Tensor, num_experts: int) -> bool:
     """Whether the kernels sort these: some choices, of 1024 experts at most, on a GPU (or anywhere, interpreted)."""
     fits = 0 < choices.numel() < 2**31 and 0 < num_experts <= MAX_EXPERTS
@@ -47,14 +84,7 @@ def can_sort(choices: Tensor, num_experts: int) -> bool:
 
 
 def sort_triton(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> SortedPairs:
-    """Sort the pairs by expert, without any copy from the device to the host.
-
-    Args:
-        choices: [R,K] int32 or int64 as `can_sort` takes them, local expert of each choice; -1 for one that is not
-            computed here.
-        num_experts: e.
-        num_pairs: how many choices are not -1; None where all are.
-    """
+    """`sort_torch` as kernels, of what `can_sort` takes."""
     num_rows, top_k = choices.shape
     num_choices, drops = choices.numel(), num_pairs is not None
     num_kept = num_choices if num_pairs is None else num_pairs

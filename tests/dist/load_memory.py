@@ -11,12 +11,13 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.gpu.processes import free_port
 
 LAYER = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 64, "num_experts_per_tok": 4}
 REST = {
@@ -122,9 +123,7 @@ def be_rank(folder: Path) -> None:
 
 def measure(folder: Path, arm: str, num_ranks: int, ep_size: int) -> dict[str, Any]:
     """Start the ranks of one arm and collect what they print."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         "ACCELERATE_USE_FSDP": "true",

@@ -76,17 +76,12 @@ def rank(given: str) -> None:
     """One rank of a case."""
     import torch
 
-    from moe_accel.bench import suites
-    from moe_accel.bench.options import Case
     from moe_accel.kernels import device as kernels
     from tests.gpu import several_rank
 
     job = several_rank.Job(**json.loads(given))
     device, is_main = several_rank.own_device(job), os.environ.get("RANK", "0") == "0"
-    suite = "lora" if job.kind == "lora" else "full"
-    case = Case(suite, job.shape, "random", job.layers, job.batch * job.sequence, job.sequence)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = suites.build(case, device, dtype, 16, False)
+    _, model = several_rank.build(job, device)
     model, optimizer, _ = several_rank.spread(job, model)
     tokens = several_rank.tokens_of(int(os.environ.get("RANK", "0")), job, model.config.vocab_size).to(device)
 

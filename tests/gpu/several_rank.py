@@ -103,9 +103,7 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     """One part for each routing: losses, gradient norms of the untimed steps, times and memory of the others."""
     device = own_device(job)
     check_arm(job)
-    suite = "lora" if job.kind == "lora" else "full"
-    case = Case(suite, job.shape, "random", job.layers, job.batch * job.sequence, job.sequence)
-    model = suites.build(case, device, torch.bfloat16 if device.type == "cuda" else torch.float32, 16, False)
+    case, model = build(job, device)
     vocabulary = model.config.vocab_size
     block, experts = next(routing.experts_children(model))
     top_k, num_experts = flops.top_k(block), flops.stack(experts).num_experts
@@ -133,6 +131,13 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
         timed = 0 if job.kind == "parity" else job.steps
         found = steps(forward_backward, update, model, device, job.steps if not timed else job.warmup, timed)
         yield {"routing": kind, "said": said} | found | rates(found, case.tokens)
+
+
+def build(job: Job, device: torch.device) -> tuple[Case, Any]:
+    """The model of a training, and the bench's name for it."""
+    suite = "lora" if job.kind == "lora" else "full"
+    case = Case(suite, job.shape, "random", job.layers, job.batch * job.sequence, job.sequence)
+    return case, suites.build(case, device, torch.bfloat16 if device.type == "cuda" else torch.float32, 16, False)
 
 
 def own_device(job: Job) -> torch.device:

@@ -13,8 +13,7 @@ from functools import partial
 
 import torch
 
-from moe_accel.experts.routing import sort_torch
-from moe_accel.kernels.sort import sort_triton
+from moe_accel.kernels.sort import sort_torch, sort_triton
 from tests.gpu.timing import device_ms, host_us
 
 SHAPES = [(8192, 8, 128), (16_384, 8, 128), (16_384, 4, 32), (16_384, 2, 8), (16_384, 6, 128)]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from moe_accel.dispatch import message, plan
-from moe_accel.kernels.rows import sum_copies, sum_torch
+from moe_accel.kernels.rows import RowMap, sum_copies, sum_torch
+from moe_accel.kernels.sort import sort_torch
 
 pytestmark = pytest.mark.gpu
 
@@ -34,13 +35,11 @@ def test_message_is_that_of_torch(num_tokens, top_k, num_ranks, num_local, dtype
     assert all(map(torch.equal, counted, expected))
     assert all(map(torch.equal, counted, plan.count(choices, num_ranks, num_local)))
     num_rows = int(counted.counts[:, 0].sum())
-    (rows, ranks), (truth, of_truth) = (
-        plan.order(counted),
-        plan.order_torch(counted.ranks, num_ranks, num_tokens * min(num_ranks, top_k)),
-    )
+    rows, ranks = plan.order(counted)
+    truth = sort_torch(counted.ranks, num_ranks, num_tokens * min(num_ranks, top_k))
     rows, ranks = plan.cut(rows, num_rows), ranks[:num_rows]
-    assert torch.equal(ranks.int(), of_truth[:num_rows].int())
-    assert all(map(torch.equal, rows, plan.cut(truth, num_rows)))
+    assert torch.equal(ranks.int(), truth.experts[:num_rows].int())
+    assert all(map(torch.equal, rows, plan.cut(RowMap(*truth[3:]), num_rows)))
 
     x = torch.randn(num_tokens, 2048, device="cuda", dtype=dtype, generator=generator)
     weights = torch.rand(num_tokens, top_k, device="cuda", generator=generator)
