@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_accel import block, checkpoint, experts, kept, lora, loss, padding, streaming
+from moe_accel import block, checkpoint, experts, kept, lora, loss, optimizer, padding, streaming
 from moe_accel.dispatch import choose
 from moe_accel.errors import UnsupportedModelError
 from moe_accel.experts.gated import why_not_gated
@@ -55,6 +55,7 @@ def install(accelerator: Accelerator) -> None:
     streaming.install(accelerator)
     wrap(Accelerator, "prepare", _prepare)
     wrap(Accelerator, "prepare_model", _prepare_model)
+    wrap(Accelerator, "prepare_optimizer", _prepare_optimizer)
     wrap(accelerate.accelerator, "fsdp2_prepare_model", _fsdp2_prepare_model)
 
 
@@ -90,6 +91,18 @@ def _prepare_model(original: Callable) -> Callable:
         return prepared
 
     return prepare_model
+
+
+def _prepare_optimizer(original: Callable) -> Callable:
+    """Around `Accelerator.prepare_optimizer`."""
+
+    def prepare_optimizer(self: Accelerator, given: Any, *args: Any, **kwargs: Any) -> Any:
+        config: Any = self.parallelism_config
+        if self in _installed and config.kernels != "reference":
+            optimizer.install(given, self.device)
+        return original(self, given, *args, **kwargs)
+
+    return prepare_optimizer
 
 
 def _fsdp2_prepare_model(original: Callable) -> Callable:

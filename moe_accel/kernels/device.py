@@ -72,7 +72,7 @@ def _launch_compiled(
     """`kernel[grid](...)` in a fraction of the time: what Triton would find out about the arguments once more is kept.
 
     Triton compiles a kernel anew for other dtypes, for pointers and whole numbers that 16 divides or not, for the
-    number 1 and for numbers of more than 32 bits. That is the key here.
+    number 1 and for numbers of more than 32 bits, and any float is one of 32 bits. That is the key here.
     """
     key, values = [id(kernel), device, *constants.values()], []
     for each in args:
@@ -103,6 +103,8 @@ _compiled: dict[Any, tuple[Any, list[Any], Any]] = {}
 
 
 def _kind_of(argument: Any) -> tuple[Any, ...]:
+    if isinstance(argument, float):
+        return (float,)
     if isinstance(argument, int) and not isinstance(argument, bool):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     return type(argument), argument

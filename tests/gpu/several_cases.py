@@ -77,6 +77,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
 
     add("parity", small, "one", "alltoall")
     add("full", one, "stock", "alltoall", "ep1")
+    add("full", most, "alltoall")
     add("full", four, "stock", "alltoall", "ep1")
     add("full", one, "native_ep")
     add("full", four, "native_ep")

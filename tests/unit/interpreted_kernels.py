@@ -10,7 +10,7 @@ import torch
 
 from moe_accel.dispatch import message, plan
 from moe_accel.experts import routing
-from moe_accel.kernels import cross_entropy, glu, rms_norm, rope, rows, sort, squared_relu
+from moe_accel.kernels import adam, cross_entropy, glu, rms_norm, rope, rows, sort, squared_relu
 from moe_accel.kernels.device import INTERPRETED
 from tests import interpreter
 from tests.unit.test_kernels import GATES
@@ -373,3 +373,21 @@ def test_rms_norm_of_strided_rows_and_its_backward():
     weight.requires_grad_(False)  # as with LoRA
     x_grad = torch.autograd.grad(rms_norm.rms_norm(leaves[0], weight, 1e-6), leaves[0], gradient)[0]
     torch.testing.assert_close(x_grad, expected_gradients[0], rtol=0, atol=64 * EPSILON * float(x_grad.abs().max()))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(("decoupled", "weight_decay"), [(True, 0.0), (True, 0.1), (False, 0.0), (False, 0.1)])
+@pytest.mark.parametrize("shape", [(1,), (3, 1024), (2, 700, 3)], ids=str)
+def test_step_of_adam(shape, decoupled, weight_decay, maximize):
+    how = adam.Adam(1e-2, 0.9, 0.999, 1e-3, weight_decay, decoupled, maximize)
+    parameter, gradient = values(*shape), values(*shape).sin()
+    found = [each.clone() for each in (parameter, gradient, gradient / 7, gradient.square())]
+    expected = [each.clone() for each in found]
+    for number in (1.0, 2.0):
+        correction = adam.corrections([torch.tensor(number)], how)[0]
+        adam.step(*found, correction, how)
+        adam.step_torch(*expected, correction, how)
+    assert torch.equal(found[1], gradient)
+    assert not torch.equal(found[0], parameter)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=4 * EPSILON, atol=4 * EPSILON)

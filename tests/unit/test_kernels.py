@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_accel.kernels import cross_entropy, device, glu, message, rms_norm, rope, router, rows, sort, squared_relu
+from moe_accel.kernels import (
+    adam,
+    cross_entropy,
+    device,
+    glu,
+    message,
+    rms_norm,
+    rope,
+    router,
+    rows,
+    sort,
+    squared_relu,
+)
 from tests.unit.router_rules import RULES
 
 SHARED_BYTES = 227 * 1024  # of a block on sm_90
@@ -223,6 +235,14 @@ COMPILED = {
             {"HAS_GRADIENT_MORE": more, "HAS_MORE": more, "tail": 16, "inner": 1856, "COLUMNS": 1024},
         )
         for name, more in (("", False), (" of two", True))
+    },
+    **{
+        f"a step of {name}": (
+            adam._step_kernel,
+            [f"*{dtype}"] * 4 + ["*fp32", "i64"] + ["fp32"] * 6,
+            {"DECOUPLED": decoupled, "DECAYS": True, "MAXIMIZE": True, "ELEMENTS": adam.ELEMENTS},
+        )
+        for name, dtype, decoupled in (("AdamW", "bf16", True), ("Adam in fp32", "fp32", False))
     },
 }
 

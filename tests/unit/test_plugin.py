@@ -22,7 +22,10 @@ from tests.dist.parity import TOLERANCE, UPDATE_TOLERANCE, largest_error
 from tests.dist.training import OPTIMIZER
 from tests.families import build_tiny, experts_modules, tiny_inputs, tiny_loss
 
-PATCHED = [(Accelerator, "prepare"), (Accelerator, "prepare_model"), (accelerate.accelerator, "fsdp2_prepare_model")]
+PATCHED = [
+    *((Accelerator, name) for name in ("prepare", "prepare_model", "prepare_optimizer")),
+    (accelerate.accelerator, "fsdp2_prepare_model"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,125 @@
+"""`torch.optim.AdamW(fused=True)` and `Adam(fused=True)`, updated at the speed of memory where parameters are large.
+
+The optimizer stays torch's: its class, its state, its hooks, what it saves. Of what it collects for a step, large
+parameters are updated by `kernels/adam.py`, and what is left goes on to torch's own kernel. On one GPU the optimizer is
+a sixth of a step of full fine-tuning.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe_accel.hooks import wrap
+from moe_accel.kernels import adam
+from moe_accel.kernels.device import HAS_TRITON, INTERPRETED, use_triton
+from moe_accel.ranks import tell
+
+LARGE = 1 << 20
+"""Elements of this rank from which a parameter gets a kernel of its own; torch updates many small ones at once."""
+
+_installed: WeakSet = WeakSet()
+
+
+def install(optimizer: Any, device: torch.device) -> None:
+    """Let large parameters of a fused Adam or AdamW of torch be updated by the kernel; any other is left alone.
+
+    `device`: where the parameters are when it steps; they may not be there yet.
+    """
+    known = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and optimizer not in _installed
+    if not known or not _has_kernels(device):
+        return
+    name = type(optimizer).__name__
+    if any(group["fused"] for group in optimizer.param_groups):
+        wrap(torch.optim.Adam, "_init_group", _init_group)  # AdamW inherits it
+        _installed.add(optimizer)
+        tell(f"{name} updates each large parameter in one pass")
+    else:
+        tell(f"{name} reads and writes memory for every operation: {name}(..., fused=True) takes a quarter of the time")
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
+
+
+def _init_group(original: Callable) -> Callable:
+    """Around the method by which `step` collects a group's parameters, gradients, moments and step numbers."""
+
+    def init_group(self: Any, group: dict[str, Any], *lists: list[Any]) -> bool:
+        has_complex = original(self, group, *lists)
+        if self in _installed and _can_step(self, group):
+            _step_large(group, *lists)
+        return has_complex
+
+    return init_group
+
+
+def _can_step(optimizer: Any, group: dict[str, Any]) -> bool:
+    """Whether the group's step is one that the kernel computes: floats for numbers, no fp16 scaler that may skip it."""
+    scaled = any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
+    numbers = group["lr"], group["eps"], group["weight_decay"], *group["betas"]
+    plain = not any(isinstance(each, Tensor) for each in numbers)
+    ours = group["fused"] and not group["amsgrad"] and not group["differentiable"]
+    return ours and plain and not scaled and not torch.compiler.is_compiling()
+
+
+def _step_large(
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    firsts: list[Tensor],
+    seconds: list[Tensor],
+    largest: list[Tensor],
+    steps: list[Tensor],
+) -> None:
+    """Update large parameters, and take them from the lists. `largest` is empty without amsgrad."""
+    taken, left = [], []
+    for at, each in enumerate(zip(parameters, gradients, firsts, seconds, strict=True)):
+        tensors = _local(each)
+        if tensors is None:
+            left.append(at)
+        else:
+            taken.append((tensors, steps[at]))
+    if not taken:
+        return
+    numbers = [number for _, number in taken]
+    torch._foreach_add_(numbers, 1)  # pyright: ignore[reportPrivateImportUsage]
+    how = adam.Adam(
+        *(float(each) for each in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])),
+        decoupled=group["decoupled_weight_decay"],
+        maximize=group["maximize"],
+    )
+    for ((parameter, gradient, first, second), _), correction in zip(
+        taken, adam.corrections(numbers, how), strict=True
+    ):
+        adam.step(parameter, gradient, first, second, correction, how)
+    for values in (parameters, gradients, firsts, seconds, steps):
+        values[:] = [values[at] for at in left]
+
+
+def _local(tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
+    """This rank's part of a parameter, its gradient and moments; None where torch is to update them."""
+    first = tensors[0]
+    if isinstance(first, DTensor):
+        if not all(isinstance(each, DTensor) and each.placements == first.placements for each in tensors):
+            return None
+        tensors = tuple(each.to_local() for each in tensors)  # pyright: ignore[reportAttributeAccessIssue]
+    first = tensors[0]
+    if first.numel() < LARGE or not use_triton(first):
+        return None
+    alike = all(
+        type(each) in (Tensor, nn.Parameter)
+        and (each.dtype, each.device, each.shape, each.stride())
+        == (first.dtype, first.device, first.shape, first.stride())
+        for each in tensors
+    )
+    return list(tensors) if alike and _has_no_gaps(first) else None
+
+
+def _has_no_gaps(values: Tensor) -> bool:
+    """Whether the elements fill their memory, in whichever order."""
+    last = sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
+    return last + 1 == values.numel()

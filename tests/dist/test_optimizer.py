@@ -1,0 +1,61 @@
+"""Large parameters of a fused AdamW under FSDP2: this rank's parts are updated by our kernel, as torch updates them.
+
+Its definition in torch stands for the kernel, which needs a GPU.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from moe_accel import optimizer
+from moe_accel.kernels import adam
+from tests.dist import training
+from tests.dist.ranks import run_ranks, with_moe_config
+from tests.dist.training import Job
+from tests.families import tiny_inputs, tiny_loss
+
+JOB = Job()
+STEPS = 3
+
+
+def before_fork(**_: Any) -> None:
+    """Import the job's modeling file once for all ranks."""
+    training.before_fork(JOB)
+
+
+def trained(ours: bool) -> tuple[list[tuple[int, ...]], dict[str, torch.Tensor]]:
+    """Shapes that `adam.step` updated, and this rank's part of every parameter after some steps."""
+    from accelerate import Accelerator
+
+    updated = []
+
+    def step(parameter: torch.Tensor, *args: Any) -> None:
+        updated.append(tuple(parameter.shape))
+        adam.step_torch(parameter, *args)
+
+    adam.step, optimizer.LARGE = step, 100
+    optimizer.use_triton = optimizer._has_kernels = lambda _: ours
+    accelerator = Accelerator()
+    model = training.initial_model(JOB)
+    options = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
+    model, optim = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), fused=True, **options))
+    for number in range(STEPS):
+        inputs = tiny_inputs(JOB.family, seed=10 * number + accelerator.process_index)
+        accelerator.backward(tiny_loss(model, inputs))
+        optim.step()
+        optim.zero_grad()
+    return updated, {name: each.to_local().clone() for name, each in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_parts_of_parameters_are_updated_as_by_torch(ep_size):
+    environment = with_moe_config(ep_size=ep_size)
+    expected = run_ranks(trained, 2, environment, ours=False)
+    found = run_ranks(trained, 2, environment, ours=True)
+    for (updated, ours), (none, theirs) in zip(found, expected, strict=True):
+        assert not none
+        assert len(updated) == STEPS * sum(each.numel() >= 100 for each in ours.values())
+        assert 0 < len(updated) < STEPS * len(ours)
+        for name, each in theirs.items():
+            torch.testing.assert_close(ours[name], each, rtol=1e-5, atol=1e-6, msg=name)
