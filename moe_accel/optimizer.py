@@ -34,7 +34,7 @@ def install(optimizer: Any, device: torch.device) -> None:
         return
     name = type(optimizer).__name__
     if any(group["fused"] for group in optimizer.param_groups):
-        wrap(torch.optim.Adam, "_init_group", _init_group)  # AdamW inherits it
+        wrap(type(optimizer), "_init_group", _init_group)  # AdamW's is Adam's, until Dynamo gives it one of its own
         _installed.add(optimizer)
         tell(f"{name} updates each large parameter in one pass")
     else:

@@ -34,7 +34,9 @@ def updated(monkeypatch):
     monkeypatch.setattr(optimizer, "use_triton", lambda _: True)
     monkeypatch.setattr(optimizer, "_has_kernels", lambda _: True)
     monkeypatch.setattr(adam, "step", step)
-    monkeypatch.setattr(Adam, "_init_group", Adam._init_group)  # unpatched after the test
+    monkeypatch.setattr(Adam, "_init_group", Adam._init_group)  # both as they were, after the test
+    monkeypatch.setattr(AdamW, "_init_group", Adam._init_group)
+    monkeypatch.delattr(AdamW, "_init_group")
     return found
 
 
@@ -128,6 +130,21 @@ LEFT = {
     "foreach": (AdamW, {"fused": False, "foreach": True}),
     "derived": (Derived, {}),
 }
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_dynamo_may_give_the_optimizer_a_method_of_its_own(updated, monkeypatch, first):
+    """It does at the first torch.compile of a process."""
+    if first:
+        monkeypatch.setattr(AdamW, "_init_group", torch._dynamo.disable(Adam._init_group))
+    (theirs, of_torch), (ours, optim) = pair()
+    if not first:
+        monkeypatch.setattr(AdamW, "_init_group", torch._dynamo.disable(AdamW._init_group))
+    train(theirs, of_torch)
+    assert not updated
+    train(ours, optim)
+    assert updated == [(16, 8), (16, 8)] * STEPS
+    same(theirs, ours, (of_torch, optim))
 
 
 @pytest.mark.parametrize(("kind", "options"), LEFT.values(), ids=LEFT)
