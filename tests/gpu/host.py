@@ -100,13 +100,16 @@ def rank(given: str) -> None:
         parts = [1e3 * (after - before) for before, after in itertools.pairwise(marks)]
         return [sum(parts), *parts]
 
+    times = []
+
     def timed(name: str) -> None:
         several_rank.gathered(None)
         found = [step() for _ in range(job.steps)]
         medians = ", ".join(f"{statistics.median(each):.1f}" for each in zip(*found, strict=True))
         whole = [each[0] for each in found]
+        times.append(f"{name}: {medians} ms (steps of {min(whole):.1f} to {max(whole):.1f})")
         if is_main:
-            print(f"{name}: {medians} ms (steps of {min(whole):.1f} to {max(whole):.1f})", flush=True)
+            print(times[-1], flush=True)
 
     for _ in range(job.warmup):
         step()
@@ -123,7 +126,7 @@ def rank(given: str) -> None:
     name = f"{job.kind}_{job.arm}.txt"
     for file, written in (("host", python_lines(step)), ("ops", operations(step, device))):
         if is_main:
-            Path(job.folder, f"{file}_{name}").write_text(written)
+            Path(job.folder, f"{file}_{name}").write_text("\n".join([*times, "", written]))
     several_rank.gathered(None)
     sys.stdout.flush()
     os._exit(0)  # exit handlers wait for ranks that may be gone

@@ -79,6 +79,7 @@ def run_ranks(
             if num_ranks > 1:
                 env |= {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
+                env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the processors
             with file.open("w") as output:
                 ranks.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
         while time.monotonic() - start < limit_s and any(each.poll() is None for each in ranks):

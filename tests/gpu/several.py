@@ -236,6 +236,8 @@ def environment(case: Case, args: argparse.Namespace) -> dict[str, str]:
         found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     if case.num_ranks > 1 and case.arm != "native_ep":
         found |= FSDP2
+    if case.arm == "gathered":
+        found["FSDP_RESHARD_AFTER_FORWARD"] = "false"
     if case.arm == "stock_ram":
         found["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
     if case.arm in DEEPEP:

@@ -8,8 +8,10 @@ Arms, each of which is what a user would run:
     native_ep    expert parallelism of transformers itself (>= 5.19): `DistributedConfig(fsdp_size=N, ep_size=N)`
     ep1          moe-accel, ep_size 1: experts sharded like everything else
     alltoall     moe-accel, ep_size N
+    gathered     the same with `fsdp_reshard_after_forward: false`: all but the experts stay gathered until backward
     buffer       moe-accel, ep_size N, dispatcher deepep with `deep_ep.Buffer`; `elastic` with `ElasticBuffer`
     stock_ram    loading only: stock with `fsdp_cpu_ram_efficient_loading`
+    stock_mixed  stock with weights in fp32 and bf16 mixed precision; alltoall_mixed likewise, compared with that
 
 On one GPU `stock` and `ep1` know of no FSDP2: where scaling starts.
 """
@@ -18,7 +20,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-ARMS = ("one", "stock", "stock_newer", "native_ep", "ep1", "alltoall", "buffer", "elastic", "stock_ram")
+from tests.gpu.processes import LOSS_TOLERANCE, NORM_TOLERANCE
+
+ARMS = ("one", "stock", "stock_newer", "native_ep", "ep1", "alltoall", "gathered", "buffer", "elastic", "stock_ram")
+ARMS += ("stock_mixed", "alltoall_mixed")
 """In the order in which one is what the others are compared with: the first that ran."""
 
 DEEPEP = ("buffer", "elastic")
@@ -26,6 +31,9 @@ NEWER = ("stock_newer", "native_ep")
 KINDS = ("parity", "full", "lora", "load")
 CHECKSUM_TOLERANCE = 1e-9
 """Of sums in fp64 over the weights that were loaded: the order differs, nothing else."""
+
+MIXED_TOLERANCES = (LOSS_TOLERANCE, NORM_TOLERANCE)
+"""Computed in bf16 on every device."""
 
 Rows = dict[str, dict[str, Any]]
 
@@ -59,6 +67,11 @@ class Case:
         return 1 if self.arm == "one" else self.gpus
 
 
+def is_mixed(arm: str) -> bool:
+    """Whether weights are in fp32, and computed in bf16."""
+    return arm.endswith("_mixed")
+
+
 def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
     """Every case, the most valuable first.
 
@@ -78,6 +91,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
     add("parity", small, "one", "alltoall")
     add("full", one, "stock", "alltoall", "ep1")
     add("full", most, "alltoall")
+    add("full", one, "gathered")
     add("full", four, "stock", "alltoall", "ep1")
     add("full", one, "native_ep")
     add("full", four, "native_ep")
@@ -95,6 +109,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
         add("full", (fewer, 4, shallow), "stock", "ep1", *(["alltoall"] if fewer > 1 else []))
         fewer *= 2
     add("load", (gpus, 0, load_layers), "alltoall", "stock", "native_ep", "stock_ram")
+    add("full", one, "stock_mixed", "alltoall_mixed")
     add("parity", small, "stock", "native_ep", "ep1")
     add("lora", most, "alltoall", "ep1", "stock")
     for arm in DEEPEP:
@@ -121,7 +136,8 @@ def judge(rows: Rows, tolerances: tuple[float, float]) -> None:
                 continue
             theirs = reference[1]
             found = [_largest_difference(part.get(name), theirs.get(name)) for name in ("losses", "norms")]
-            allowed = (CHECKSUM_TOLERANCE, 0.0) if row["kind"] == "load" else tolerances
+            allowed = MIXED_TOLERANCES if is_mixed(row["arm"]) else tolerances
+            allowed = (CHECKSUM_TOLERANCE, 0.0) if row["kind"] == "load" else allowed
             agrees = all(each is None or each <= most for each, most in zip(found, allowed, strict=True))
             part["check"] = {
                 "with": reference[0]["arm"],
@@ -135,6 +151,7 @@ def _reference(row: dict, part: dict, rows: Iterable[dict]) -> tuple[dict, dict]
     """The first arm that has numbers for the same case."""
     same = [(each, its) for each in rows if _setting(each) == _setting(row) for its in each.get("parts", ())]
     same = [(each, its) for each, its in same if its["routing"] == part["routing"]]
+    same = [(each, its) for each, its in same if is_mixed(each["arm"]) == is_mixed(row["arm"])]
     return min(same, key=lambda pair: ARMS.index(pair[0]["arm"]), default=None)
 
 

@@ -25,9 +25,8 @@ from torch.distributed.tensor import DTensor
 from moe_accel.bench import flops, routing, suites
 from moe_accel.bench.measure import GIB
 from moe_accel.bench.options import Case
-from moe_accel.bench.shapes import SHAPES
 from moe_accel.ranks import gather
-from tests.dist.load_memory import peak_bytes, write_checkpoint
+from tests.gpu.several_cases import is_mixed
 
 
 class Skip(Exception):
@@ -69,7 +68,7 @@ def main(path: str) -> None:
     file = Path(job.folder, f"{os.environ.get('RANK', '0')}.json")
     found: dict[str, Any] = {"parts": []}
     try:
-        for part in {"write": write, "load": load_and_save}.get(job.kind, train)(job):
+        for part in kinds().get(job.kind, train)(job):
             found |= {"parts": [*found["parts"], part]} | about(job)
             file.write_text(json.dumps(found))
     except Exception as error:
@@ -88,6 +87,13 @@ def main(path: str) -> None:
     os._exit(found["status"] == "failed" or found["status"] == "out of memory")
 
 
+def kinds() -> dict[str, Callable[[Job], Iterator[dict[str, Any]]]]:
+    """What a rank does, by kind of job, where that is not to train."""
+    from tests.gpu import several_load
+
+    return {"write": several_load.write, "load": several_load.load_and_save}
+
+
 def about(job: Job) -> dict[str, str]:
     """What the numbers are of."""
     import transformers
@@ -103,7 +109,9 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     """One part for each routing: losses, gradient norms of the untimed steps, times and memory of the others."""
     device = own_device(job)
     check_arm(job)
+    stages = Stages()
     case, model = build(job, device)
+    stages.end("model")
     vocabulary = model.config.vocab_size
     block, experts = next(routing.experts_children(model))
     top_k, num_experts = flops.top_k(block), flops.stack(experts).num_experts
@@ -111,6 +119,7 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     gc.collect()  # the parts of the whole model that other ranks have
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    stages.end("prepare")
     ranks = range(job.gpus) if job.arm == "one" else [int(os.environ.get("RANK", "0"))]
     batches = [tokens_of(rank, job, vocabulary).to(device) for rank in ranks]
 
@@ -125,19 +134,42 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     def update() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if "first step" not in stages.seconds:
+            synchronize(device)
+            stages.end("first step")
 
     for kind in ("random",) if job.kind == "parity" else ("random", "balanced"):
         routing.install(model, kind, case.tokens, top_k, num_experts)
         timed = 0 if job.kind == "parity" else job.steps
         found = steps(forward_backward, update, model, device, job.steps if not timed else job.warmup, timed)
-        yield {"routing": kind, "said": said} | found | rates(found, case.tokens)
+        yield {"routing": kind, "said": said, "stages_s": stages.seconds} | found | rates(found, case.tokens)
+
+
+class Stages:
+    """Seconds of what comes before training, by name: `start` is from this process to the first of them."""
+
+    def __init__(self) -> None:
+        self.at = time.time()
+        self.seconds = {"start": round(self.at - started(), 1)}
+
+    def end(self, name: str) -> None:
+        """Of a stage."""
+        before, self.at = self.at, time.time()
+        self.seconds[name] = round(self.at - before, 1)
+
+
+def started() -> float:
+    """When this process did, as `time.time` counts."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def build(job: Job, device: torch.device) -> tuple[Case, Any]:
     """The model of a training, and the bench's name for it."""
     suite = "lora" if job.kind == "lora" else "full"
     case = Case(suite, job.shape, "random", job.layers, job.batch * job.sequence, job.sequence)
-    return case, suites.build(case, device, torch.bfloat16 if device.type == "cuda" else torch.float32, 16, False)
+    dtype = torch.bfloat16 if device.type == "cuda" and not is_mixed(job.arm) else torch.float32
+    return case, suites.build(case, device, dtype, 16, False)
 
 
 def own_device(job: Job) -> torch.device:
@@ -208,12 +240,13 @@ def accelerator_of(job: Job) -> Any:
 
     from moe_accel import MoEConfig
 
+    precision = "bf16" if is_mixed(job.arm) else "no"
     if job.arm.startswith("stock"):
-        accelerator = Accelerator()
+        accelerator = Accelerator(mixed_precision=precision)
     else:
         dispatcher = "deepep" if job.arm in ("buffer", "elastic") else "alltoall"
         config = MoEConfig(ep_size=1 if job.arm == "ep1" else job.gpus, dispatcher=dispatcher)
-        accelerator = Accelerator(parallelism_config=config)
+        accelerator = Accelerator(mixed_precision=precision, parallelism_config=config)
     if job.gpus > 1 and not (accelerator.is_fsdp2 and accelerator.num_processes == job.gpus):
         raise RuntimeError(f"not FSDP2 on {job.gpus} ranks: {accelerator.distributed_type}")
     return accelerator
@@ -305,88 +338,6 @@ def mark(device: torch.device) -> Any:
 def between(start: Any, end: Any) -> float:
     """Milliseconds."""
     return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
-
-
-# ---- loading and saving
-
-
-def write(job: Job) -> Iterator[dict[str, Any]]:
-    """The checkpoint, in the hub's layout."""
-    start = time.perf_counter()
-    sizes = {"tie_word_embeddings": False} | SHAPES[job.shape].values
-    num_bytes = write_checkpoint(Path(job.checkpoint), job.layers, sizes, 4 << 30)
-    yield {"bytes": num_bytes, "write_s": time.perf_counter() - start}
-
-
-def load_and_save(job: Job) -> Iterator[dict[str, Any]]:
-    """Seconds until all ranks have their shards, with the host memory that took; then until all is on the disk.
-
-    Instead of losses, sums over all weights are compared.
-    """
-    device = own_device(job)
-    from transformers import AutoModelForCausalLM
-    from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401 so that its import is not timed
-
-    check_arm(job)
-    native, accelerator, more = job.arm == "native_ep", None, {}
-    if native:
-        config = distributed_config(job)
-        more["distributed_config"] = config
-        from transformers.distributed.utils import initialize_distributed_mesh
-
-        initialize_distributed_mesh(config)  # so that NCCL's start is not timed, as in the other arms
-    else:
-        accelerator = accelerator_of(job)
-    torch.zeros(1, device=device)
-    gathered(None)
-    before, start = peak_bytes(), time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=torch.bfloat16, **more)
-    if accelerator is not None:
-        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
-    synchronize(device)
-    gathered(None)
-    load_s = time.perf_counter() - start
-    host = max(gathered(peak_bytes() - before))
-    whole = [each.numel() * each.element_size() for each in model.parameters()]
-    part = {"routing": "load", "bytes": sum(whole), "load_s": load_s, "host_gib": host / GIB}
-    part["losses"] = checksums(model)
-
-    out = Path(job.checkpoint).with_name("saved")
-    gathered(None)
-    start = time.perf_counter()
-    if accelerator is None:
-        model.save_pretrained(out, max_shard_size="4GB")
-    elif job.arm.startswith("stock"):
-        weights = accelerator.get_state_dict(model)
-        if accelerator.is_main_process:
-            model.save_pretrained(out, state_dict=weights, max_shard_size="4GB")
-    else:
-        accelerator.save_model(model, out, max_shard_size="4GB")
-    os.sync()
-    gathered(None)
-    part["save_s"] = time.perf_counter() - start
-    if (saved := bytes_in(out)) != sum(whole):
-        raise RuntimeError(f"{saved} bytes of weights were saved of {sum(whole)}")
-    yield part
-
-
-def bytes_in(folder: Path) -> int:
-    """Of weights in a folder's safetensors files, without their headers."""
-    found = 0
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            found += file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
-    return found
-
-
-def checksums(model: nn.Module) -> list[float]:
-    """Sum of squares, and of absolutes, over the weights that all ranks hold together."""
-    sums = [0.0, 0.0]
-    for parameter in model.parameters():
-        local = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().double()
-        sums[0] += local.square().sum().item()
-        sums[1] += local.abs().sum().item()
-    return [sum(values) for values in zip(*gathered(sums), strict=True)]
 
 
 if __name__ == "__main__":
