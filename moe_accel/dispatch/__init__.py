@@ -43,6 +43,7 @@ class Dispatcher(Protocol):
         weights: Tensor,
         handle: Any = None,
         beside: Callable[[], Any] | None = None,
+        scale: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Send each token once to every rank that holds one of its experts; differentiable in x and weights.
 
@@ -55,14 +56,22 @@ class Dispatcher(Protocol):
             beside: called once, when tokens are on their way and before anything waits for them; what it computes, and
                 the backward of that, has the device to itself meanwhile. Not computed before the call: nothing that
                 the tokens wait for.
+            scale: what the gradients of x and weights are multiplied by, see `experts/scale.py`.
 
         Returns:
             x [R,H] and weights [R,K] in their dtypes, choices [R,K] local (-1: not here), and the `Handle`.
         """
         ...
 
-    def combine(self, y: Tensor, handle: Any) -> Tensor:
-        """Send rows back and sum them by token: y [R,H] -> [N,H]; differentiable in y."""
+    def combine(self, y: Tensor, handle: Any, scale: float = 1.0, keep: Any = None) -> Tensor:
+        """Send rows back and sum them by token: y [R,H] -> [N,H], no view of anything; differentiable in y.
+
+        Args:
+            y: [R,H].
+            handle: of the dispatch.
+            scale: what the gradient of the sums is multiplied by.
+            keep: an object that shall live as long as the autograd graph does.
+        """
         ...
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_accel.dispatch.halves import travel
+from moe_accel.dispatch.halves import scaled, travel
 from moe_accel.dispatch.message import Layout, pack, pack_gradients, unpack
 from moe_accel.dispatch.plan import count, cut, order
 from moe_accel.kernels.rows import RowMap, gather, sum_copies
@@ -77,16 +77,17 @@ class AllToAll:
         weights: Tensor,
         handle: AllToAllHandle | None = None,
         beside: Callable[[], Any] | None = None,
+        scale: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, AllToAllHandle]:
         """See `Dispatcher.dispatch`."""
         plan = self._plan(choices) if handle is None else handle.plan
         transfer = _Transfer(self, plan, choices, handle)
-        x_r, weights_r = travel(x, weights, transfer, beside)
+        x_r, weights_r = travel(x, weights, transfer, beside, scale)
         return x_r, transfer.handle.choices, weights_r, transfer.handle
 
-    def combine(self, y: Tensor, handle: AllToAllHandle) -> Tensor:
+    def combine(self, y: Tensor, handle: AllToAllHandle, scale: float = 1.0, keep: Any = None) -> Tensor:
         """See `Dispatcher.combine`."""
-        combined: Any = _Combine.apply(y, handle.plan, self.group)
+        combined: Any = _Combine.apply(y, handle.plan, self.group, scale, keep)
         return combined
 
     @torch.no_grad()
@@ -163,16 +164,17 @@ class _Combine(torch.autograd.Function):
     """Rows back to where they came from, and their sum by token: [R,H] to [N,H]; the gradient goes the other way."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, plan: Plan, group: Any) -> Tensor:
-        ctx.plan, ctx.group = plan, group
+    def forward(ctx: Any, y: Tensor, plan: Plan, group: Any, scale: float, keep: Any) -> Tensor:
+        ctx.plan, ctx.group, ctx.scale, ctx.keep = plan, group, scale, keep
         y_s = _exchange(y, plan.receive_counts, plan.send_counts, group)
         return sum_copies(y_s, plan.rows.copies, plan.rows.starts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         plan = ctx.plan
-        return _exchange(gather(gradients[0], plan.rows), plan.send_counts, plan.receive_counts, ctx.group), None, None
+        rows = gather(scaled(gradients[0], ctx.scale), plan.rows)
+        return _exchange(rows, plan.send_counts, plan.receive_counts, ctx.group), None, None, None, None
 
 
 def _exchange(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:

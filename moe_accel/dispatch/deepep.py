@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_accel.dispatch.buffers import Buffer, Elastic
-from moe_accel.dispatch.halves import travel
+from moe_accel.dispatch.halves import scaled, travel
 from moe_accel.errors import ConfigError
 from moe_accel.hooks import wrap
 
@@ -84,6 +84,7 @@ class DeepEP:
         weights: Tensor,
         handle: DeepEPHandle | None = None,
         beside: Callable[[], Any] | None = None,
+        scale: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, DeepEPHandle]:
         """See `Dispatcher.dispatch`; x is bf16 there, too, where autocast lets it be sent as such.
 
@@ -96,12 +97,12 @@ class DeepEP:
         if choices.shape[1] > MAX_TOP_K:
             raise ConfigError(f"dispatcher=deepep sends at most {MAX_TOP_K} choices a token, not {choices.shape[1]}")
         transfer = _Transfer(self, choices, handle, x.dtype)
-        x_r, weights_r = travel(_as_bf16(x), weights.float(), transfer, beside)
+        x_r, weights_r = travel(_as_bf16(x), weights.float(), transfer, beside, scale)
         return x_r, transfer.handle.choices, weights_r.to(weights.dtype), transfer.handle
 
-    def combine(self, y: Tensor, handle: DeepEPHandle) -> Tensor:
+    def combine(self, y: Tensor, handle: DeepEPHandle, scale: float = 1.0, keep: Any = None) -> Tensor:
         """See `Dispatcher.combine`; in the dtype of the tokens dispatched."""
-        combined: Any = _Combine.apply(_as_bf16(y), self, handle)
+        combined: Any = _Combine.apply(_as_bf16(y), self, handle, scale, keep)
         return combined.to(handle.dtype)
 
     # What follows starts, and gives a function that lets the current stream wait for the result.
@@ -184,14 +185,15 @@ class _Combine(torch.autograd.Function):
     """Its gradient is a dispatch that repeats the first one."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, transport: DeepEP, handle: DeepEPHandle) -> Tensor:
-        ctx.transport, ctx.handle = transport, handle
+    def forward(ctx: Any, y: Tensor, transport: DeepEP, handle: DeepEPHandle, scale: float, keep: Any) -> Tensor:
+        ctx.transport, ctx.handle, ctx.scale, ctx.keep = transport, handle, scale, keep
         return transport.sum_back(y, handle)()[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return ctx.transport.send_again(gradients[0], ctx.handle)(), None, None
+        gradient = scaled(gradients[0], ctx.scale)
+        return ctx.transport.send_again(gradient, ctx.handle)(), None, None, None, None
 
 
 def _as_bf16(rows: Tensor) -> Tensor:

@@ -46,15 +46,15 @@ class Transfer(Protocol):
 
 
 def travel(
-    x: Tensor, weights: Tensor, transfer: Transfer, beside: Callable[[], Any] | None = None
+    x: Tensor, weights: Tensor, transfer: Transfer, beside: Callable[[], Any] | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """x and weights as received by `transfer`; `beside` is called once, when they are under way.
 
-    Differentiable once in x and weights, and in whatever `beside` computes.
+    Differentiable once in x and weights, whose gradients are multiplied by `scale`, and in whatever `beside` computes.
     """
     launch: Any = _Launch.apply
     arrive: Any = _Arrive.apply
-    tie = launch(x, weights, transfer)
+    tie = launch(x, weights, transfer, scale)
     if beside is not None:
         try:
             beside()
@@ -66,16 +66,17 @@ def travel(
 
 class _Launch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, transfer: Transfer) -> Tensor:
-        ctx.transfer = transfer
+    def forward(ctx: Any, x: Tensor, weights: Tensor, transfer: Transfer, scale: float) -> Tensor:
+        ctx.transfer, ctx.scale = transfer, scale
         transfer.needs = ctx.needs_input_grad[:2]
         transfer.launch(x, weights)
         return x.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        return *ctx.transfer.arrive_back(), None
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x_grad, weights_grad = (scaled(each, ctx.scale) for each in ctx.transfer.arrive_back())
+        return x_grad, weights_grad, None, None
 
 
 class _Arrive(torch.autograd.Function):
@@ -89,3 +90,8 @@ class _Arrive(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         ctx.transfer.launch_back(*gradients)
         return gradients[0].new_empty(0), None
+
+
+def scaled(gradient: Any, scale: float) -> Any:
+    """A gradient times a number, in its own dtype: exact where that is a power of two."""
+    return gradient if gradient is None or scale == 1 else gradient * scale

@@ -22,7 +22,6 @@ from moe_accel.experts.joined import Joined, join
 from moe_accel.experts.reference import reference_experts
 from moe_accel.experts.replay import Record, Records, in_backward
 from moe_accel.experts.routing import LocalRouting, sort_by_expert
-from moe_accel.experts.scale import scale_gradient
 from moe_accel.experts.weights import projections
 from moe_accel.kernels import te
 
@@ -160,16 +159,15 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 @torch.compiler.disable  # row counts are data: a compiled graph would be made anew for every batch
 def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
-    """`combine(experts(dispatch(x)))`, with the gradient scale of `scale.py` around it."""
+    """`combine(experts(dispatch(x)))`, with the gradient scale of `scale.py` in the first and the last."""
     dispatcher: Any = settings.dispatcher
     num_local_experts = module.num_experts // settings.ep_size
     of_output, x = x.dtype, x if settings.dtype is None else x.to(settings.dtype)
     record = settings.records.find(choices)
     new = Record(choices) if record is None and torch.is_grad_enabled() and not in_backward() else None
-    x = scale_gradient(x, settings.ep_size)
-    weights = scale_gradient(weights, settings.ep_size)
-    beside = settings.beside and settings.beside.work()
-    x_r, choices_r, weights_r, handle = dispatcher.dispatch(x, choices, weights, record and record.handle, beside)
+    beside, scale = settings.beside and settings.beside.work(), float(settings.ep_size)
+    sent = dispatcher.dispatch(x, choices, weights, record and record.handle, beside, scale)
+    x_r, choices_r, weights_r, handle = sent
     routing = record and record.routing
     if routing is None:
         routing = sort_by_expert(choices_r, num_local_experts, handle.num_pairs)
@@ -178,9 +176,9 @@ def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor
         settings.records.add(new)
     _count(settings, routing)
     y_r = _compute(module, settings, x_r, choices_r, weights_r, routing)
-    # Scaled before combine and not after: scale_gradient returns a view, and a model's `experts_out += shared_out` on a
-    # view would drop the hook by which FSDP2 gathers the experts for backward.
-    return dispatcher.combine(scale_gradient(y_r, 1 / settings.ep_size, new), handle).to(of_output)
+    # Scaled in combine and not by a function around it, which would return a view: `experts_out += shared_out` of a
+    # model on a view would drop the hook by which FSDP2 gathers the experts for backward.
+    return dispatcher.combine(y_r, handle, 1 / scale, new).to(of_output)
 
 
 def _compute(

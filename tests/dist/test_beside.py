@@ -35,10 +35,10 @@ def counted(job: Job, **how: Any) -> tuple[Trained, int]:
 
     moved, travel = 0, alltoall.travel
 
-    def counting(x: Any, weights: Any, transfer: Any, beside: Any = None) -> Any:
+    def counting(x: Any, weights: Any, transfer: Any, beside: Any = None, scale: float = 1.0) -> Any:
         nonlocal moved
         moved += beside is not None
-        return travel(x, weights, transfer, beside)
+        return travel(x, weights, transfer, beside, scale)
 
     alltoall.travel = counting  # in a process of its own
     return training.on_ranks(job, **how), moved

@@ -4,6 +4,7 @@ Arms, each of which is what a user would run:
 
     one          one GPU, stock transformers, the batches of all ranks one after the other: the truth about parity
     stock        stock transformers (grouped_mm, sdpa) under accelerate's FSDP2; PEFT's own LoRA
+    recompute    stock with gradient checkpointing, which fits where stock does not
     stock_newer  the same with the transformers of --newer
     native_ep    expert parallelism of transformers itself (>= 5.19): `DistributedConfig(fsdp_size=N, ep_size=N)`
     ep1          moe-accel, ep_size 1: experts sharded like everything else
@@ -22,7 +23,19 @@ from typing import Any
 
 from tests.gpu.processes import LOSS_TOLERANCE, NORM_TOLERANCE
 
-ARMS = ("one", "stock", "stock_newer", "native_ep", "ep1", "alltoall", "gathered", "buffer", "elastic", "stock_ram")
+ARMS = (
+    "one",
+    "stock",
+    "recompute",
+    "stock_newer",
+    "native_ep",
+    "ep1",
+    "alltoall",
+    "gathered",
+    "buffer",
+    "elastic",
+    "stock_ram",
+)
 ARMS += ("stock_mixed", "alltoall_mixed")
 """In the order in which one is what the others are compared with: the first that ran."""
 
@@ -90,7 +103,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
 
     add("parity", small, "one", "alltoall")
     add("full", one, "stock", "alltoall", "ep1")
-    add("full", most, "alltoall")
+    add("full", most, "alltoall", "recompute")
     add("full", one, "gathered")
     add("full", four, "stock", "alltoall", "ep1")
     add("full", one, "native_ep")

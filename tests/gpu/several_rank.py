@@ -112,6 +112,8 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     stages = Stages()
     case, model = build(job, device)
     stages.end("model")
+    if job.arm == "recompute":
+        model.gradient_checkpointing_enable()
     vocabulary = model.config.vocab_size
     block, experts = next(routing.experts_children(model))
     top_k, num_experts = flops.top_k(block), flops.stack(experts).num_experts
@@ -241,7 +243,7 @@ def accelerator_of(job: Job) -> Any:
     from moe_accel import MoEConfig
 
     precision = "bf16" if is_mixed(job.arm) else "no"
-    if job.arm.startswith("stock"):
+    if job.arm.startswith("stock") or job.arm == "recompute":
         accelerator = Accelerator(mixed_precision=precision)
     else:
         dispatcher = "deepep" if job.arm in ("buffer", "elastic") else "alltoall"

@@ -7,6 +7,7 @@ import torch
 
 from moe_accel.dispatch.halves import travel
 from moe_accel.experts import Settings, compute_beside, find_experts, install, register
+from moe_accel.experts.scale import scale_gradient
 from tests.dist.parity import largest_error
 from tests.families import build_tiny, tiny_inputs, tiny_loss
 
@@ -57,14 +58,17 @@ class Transport:
     def __init__(self):
         self.events = []
 
-    def dispatch(self, x, choices, weights, handle=None, beside=None):
-        x_r, weights_r = travel(x, weights, Carried(self.events), beside)
+    def dispatch(self, x, choices, weights, handle=None, beside=None, scale=1.0):
+        x_r, weights_r = travel(x, weights, Carried(self.events), beside, scale)
         handle = handle or SimpleNamespace(choices=choices.int(), num_pairs=choices.numel())
         return x_r, handle.choices, weights_r, handle
 
-    def combine(self, y, handle):
+    def combine(self, y, handle, scale=1.0, keep=None):
         self.events.append("combine")
-        return y.clone()
+        combined = scale_gradient(y, scale).clone()
+        if combined.grad_fn is not None:
+            combined.grad_fn.metadata["keep"] = keep
+        return combined
 
 
 def shared_of(model):
