@@ -7,10 +7,11 @@ a sixth of a step of full fine-tuning.
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 from torch.distributed.tensor import DTensor
 
 from moe_accel.hooks import wrap
@@ -19,13 +20,17 @@ from moe_accel.kernels.device import HAS_TRITON, INTERPRETED, use_triton
 from moe_accel.ranks import tell
 
 LARGE = 1 << 20
-"""Elements of this rank from which a parameter gets a kernel of its own; torch updates many small ones at once."""
+"""Elements of this rank from which a parameter gets a kernel of its own; torch updates many small ones at once. So many
+in bf16 are 4 microseconds of an H200's memory, about what a launch takes."""
 
-_installed: WeakSet = WeakSet()
+_installed: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Optimizers, and whether it was said that the kernel updates them."""
 
 
 def install(optimizer: Any, device: torch.device) -> None:
     """Let large parameters of a fused Adam or AdamW of torch be updated by the kernel; any other is left alone.
+
+    Rank 0 says so at the first step that does it.
 
     `device`: where the parameters are when it steps; they may not be there yet.
     """
@@ -35,8 +40,7 @@ def install(optimizer: Any, device: torch.device) -> None:
     name = type(optimizer).__name__
     if any(group["fused"] for group in optimizer.param_groups):
         wrap(type(optimizer), "_init_group", _init_group)  # AdamW's is Adam's, until Dynamo gives it one of its own
-        _installed.add(optimizer)
-        tell(f"{name} updates each large parameter in one pass")
+        _installed[optimizer] = False
     else:
         tell(f"{name} reads and writes memory for every operation: {name}(..., fused=True) takes a quarter of the time")
 
@@ -50,20 +54,25 @@ def _init_group(original: Callable) -> Callable:
 
     def init_group(self: Any, group: dict[str, Any], *lists: list[Any]) -> bool:
         has_complex = original(self, group, *lists)
-        if self in _installed and _can_step(self, group):
-            _step_large(group, *lists)
+        if self in _installed and _can_step(self, group) and _step_large(group, *lists) and not _installed[self]:
+            _installed[self] = True
+            tell(f"{type(self).__name__} updates each large parameter in one pass")
         return has_complex
 
     return init_group
 
 
 def _can_step(optimizer: Any, group: dict[str, Any]) -> bool:
-    """Whether the group's step is one that the kernel computes: floats for numbers, no fp16 scaler that may skip it."""
+    """Whether the group's step is one that the kernel computes: floats for numbers, no fp16 scaler that may skip it.
+
+    And whether it is one: Dynamo runs this while it compiles a step, to see what there is.
+    """
     scaled = any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
     numbers = group["lr"], group["eps"], group["weight_decay"], *group["betas"]
     plain = not any(isinstance(each, Tensor) for each in numbers)
     ours = group["fused"] and not group["amsgrad"] and not group["differentiable"]
-    return ours and plain and not scaled and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or TracingContext.try_get() is not None  # torch 2.11 says the second alone
+    return ours and plain and not scaled and not traced
 
 
 def _step_large(
@@ -74,30 +83,30 @@ def _step_large(
     seconds: list[Tensor],
     largest: list[Tensor],
     steps: list[Tensor],
-) -> None:
-    """Update large parameters, and take them from the lists. `largest` is empty without amsgrad."""
-    taken, left = [], []
+) -> bool:
+    """Update large parameters, and take them from the lists; whether there are any. `largest` is empty here."""
+    taken: dict[torch.device, list[tuple[list[Tensor], Tensor]]] = {}
+    left = []
     for at, each in enumerate(zip(parameters, gradients, firsts, seconds, strict=True)):
         tensors = _local(each)
         if tensors is None:
             left.append(at)
         else:
-            taken.append((tensors, steps[at]))
-    if not taken:
-        return
-    numbers = [number for _, number in taken]
-    torch._foreach_add_(numbers, 1)  # pyright: ignore[reportPrivateImportUsage]
+            taken.setdefault(tensors[0].device, []).append((tensors, steps[at]))
     how = adam.Adam(
         *(float(each) for each in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])),
         decoupled=group["decoupled_weight_decay"],
         maximize=group["maximize"],
     )
-    for ((parameter, gradient, first, second), _), correction in zip(
-        taken, adam.corrections(numbers, how), strict=True
-    ):
-        adam.step(parameter, gradient, first, second, correction, how)
+    for of_device in taken.values():
+        numbers = [number for _, number in of_device]
+        torch._foreach_add_(numbers, 1)  # pyright: ignore[reportPrivateImportUsage]
+        for (tensors, _), correction in zip(of_device, adam.corrections(numbers, how), strict=True):
+            parameter, gradient, first, second = tensors
+            adam.step(parameter, gradient, first, second, correction, how)
     for values in (parameters, gradients, firsts, seconds, steps):
         values[:] = [values[at] for at in left]
+    return bool(taken)
 
 
 def _local(tensors: tuple[Tensor, ...]) -> list[Tensor] | None:

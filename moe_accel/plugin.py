@@ -22,7 +22,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_accel import block, checkpoint, experts, kept, lora, loss, optimizer, padding, streaming
+from moe_accel import block, checkpoint, experts, kept, lora, loss, padding, streaming
+from moe_accel import optimizer as optimizers
 from moe_accel.dispatch import choose
 from moe_accel.errors import UnsupportedModelError
 from moe_accel.experts.gated import why_not_gated
@@ -96,11 +97,11 @@ def _prepare_model(original: Callable) -> Callable:
 def _prepare_optimizer(original: Callable) -> Callable:
     """Around `Accelerator.prepare_optimizer`."""
 
-    def prepare_optimizer(self: Accelerator, given: Any, *args: Any, **kwargs: Any) -> Any:
+    def prepare_optimizer(self: Accelerator, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         config: Any = self.parallelism_config
         if self in _installed and config.kernels != "reference":
-            optimizer.install(given, self.device)
-        return original(self, given, *args, **kwargs)
+            optimizers.install(optimizer, self.device)
+        return original(self, optimizer, *args, **kwargs)
 
     return prepare_optimizer
 

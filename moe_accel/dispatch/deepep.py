@@ -138,7 +138,7 @@ class DeepEP:
 
         def summed() -> tuple[Tensor, Tensor | None]:
             x, of_weights = finish()
-            return x[: handle.num_tokens], None if of_weights is None else of_weights[: handle.num_tokens]
+            return _first(x, handle.num_tokens), None if of_weights is None else _first(of_weights, handle.num_tokens)
 
         return summed
 
@@ -194,6 +194,11 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         gradient = scaled(gradients[0], ctx.scale)
         return ctx.transport.send_again(gradient, ctx.handle)(), None, None, None, None
+
+
+def _first(rows: Tensor, number: int) -> Tensor:
+    """The first rows, no view: there are more where a rank without tokens sent one in their place."""
+    return rows if len(rows) == number else rows[:number].clone()
 
 
 def _as_bf16(rows: Tensor) -> Tensor:

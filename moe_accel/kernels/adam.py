@@ -5,9 +5,8 @@
     p = p * (1 - lr * decay) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 Kingma and Ba, "Adam" (2015); Loshchilov and Hutter, "Decoupled weight decay regularization" (2019). The order of
-operations is that of torch's fused kernel, which computes powers and products of every element in fp64 and so takes
-two thirds more time than its memory traffic; here the two powers of a step are computed once, in fp64 too, and what is
-left is fp32. Each result is rounded once.
+operations is that of torch's fused kernel, which computes powers and products of every element in fp64; here the two
+powers of a step are computed once, in fp64 too, and what is left is fp32. Each result is rounded once.
 
 Sizes: n elements of a parameter, T parameters.
 """
@@ -20,7 +19,9 @@ from torch import Tensor
 
 from moe_accel.kernels.device import launch, tl, triton, use_triton
 
-ELEMENTS, NUM_WARPS = 1024, 4  # of a program: threads of it read 16 bytes of bf16 at once
+ELEMENTS, NUM_WARPS = 1024, 4
+"""Of a program, whose threads read 16 bytes of bf16 at once. Seven sizes took 3.34 to 3.53 ms in bf16 and 6.47 to 6.72
+in fp32 for 0.93 B elements; this one 3.40 and 6.47 (one H200, 2026-11-26)."""
 
 
 class Adam(NamedTuple):
@@ -44,9 +45,9 @@ class Adam(NamedTuple):
 def corrections(steps: Sequence[Tensor], how: Adam) -> Tensor:
     """What a step's number makes of the moments: [T,2] fp32, `lr / (1 - beta1^t)` and `sqrt(1 - beta2^t)`.
 
-    `steps`: t of each parameter, scalars on its device, 1 in the first step.
+    `steps`: t of each parameter, one value each on one device, 1 in the first step.
     """
-    numbers = torch.stack(list(steps)).double()
+    numbers = torch.stack([each.reshape(()) for each in steps]).double()
     first, second = 1 - how.beta1**numbers, 1 - how.beta2**numbers
     return torch.stack([how.lr / first, second.sqrt()], dim=1).float()
 
@@ -75,9 +76,9 @@ def step_torch(
     exact = torch.promote_types(parameter.dtype, torch.float32)
     p, g, m, v = (each.to(exact) for each in (parameter, gradient, first, second))
     g = -g if how.maximize else g
-    if how.decoupled:
+    if how.decoupled and how.weight_decay != 0:
         p = p - how.lr * how.weight_decay * p
-    else:
+    elif how.weight_decay != 0:
         g = g + how.weight_decay * p
     m = how.beta1 * m + (1 - how.beta1) * g
     v = how.beta2 * v + (1 - how.beta2) * g * g

@@ -72,6 +72,7 @@ def round_trip(transport, x, choices, weights, upstream, of_weights=torch.float3
     local_r = weights_r.where(choices_r >= 0, 0)
     y_r = (x_r.float() * (local_r.float() * (choices_r + 2)).sum(1, keepdim=True)).bfloat16()
     y = transport.combine(y_r, handle)
+    assert not y._is_view()  # a model may add to it in place
     y.backward(upstream)
     again = transport.dispatch(x.detach(), choices, weights.detach(), handle)
     values = [x_r, choices_r, local_r, y, x.grad, weights.grad, again[0], again[1], again[2].where(choices_r >= 0, 0)]

@@ -33,8 +33,15 @@ def test_a_step_is_rounded_once(shape, dtype, how):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_training_is_that_of_torch(dtype):
-    trained = []
+def test_training_is_that_of_torch(dtype, monkeypatch):
+    trained, updated = [], []
+    step = adam.step
+
+    def counted(parameter, *args):
+        updated.append(parameter.shape)
+        step(parameter, *args)
+
+    monkeypatch.setattr(adam, "step", counted)
     for ours in (False, True):
         generator = torch.Generator("cuda").manual_seed(0)
         shapes = (64, 512, 64), (2048, 1024), (7,)
@@ -52,6 +59,7 @@ def test_training_is_that_of_torch(dtype):
             compiled.append(len(device._compiled))
         assert compiled[-1] == compiled[0]  # another lr is no other kernel
         trained.append((made, [optim.state[each] for each in made]))
+        assert len(updated) == 16 * ours
     (theirs, of_torch), (found, states) = trained
     # in bf16 some updates fall on the other side of a rounding, and go on from there
     tolerance = {"rtol": 0.02, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 2e-6, "atol": 1e-7}

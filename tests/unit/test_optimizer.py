@@ -4,7 +4,9 @@ The kernel itself is checked on the interpreter (`interpreted_kernels.py`) and o
 its definition in torch stands for it.
 """
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +149,33 @@ def test_dynamo_may_give_the_optimizer_a_method_of_its_own(updated, monkeypatch,
     same(theirs, ours, (of_torch, optim))
 
 
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+@pytest.mark.parametrize("says_so", [True, False], ids=["torch 2.13", "torch 2.11"])
+def test_a_step_that_is_compiled_is_made_once(updated, monkeypatch, kind, says_so):
+    """Dynamo collects parameters while it compiles, which is no step; `is_compiling` says so from torch 2.13 on."""
+    if not says_so and hasattr(torch.compiler, "_compile_session_context"):
+        monkeypatch.setattr(torch.compiler, "_compile_session_context", contextlib.nullcontext)
+    torch._dynamo.reset()
+    (theirs, of_torch), (ours, optim) = pair(kind)
+    step = torch.compile(optim.step, backend="eager")
+    for _ in range(STEPS):
+        train(theirs, of_torch, 1)
+        train(ours, SimpleNamespace(step=step), 1)
+    assert len(updated) in (0, 2 * STEPS)  # compiled by torch, or not compiled
+    same(theirs, ours, (of_torch, optim))
+
+
+def test_step_numbers_may_have_one_element(updated):
+    (theirs, of_torch), (ours, optim) = pair()
+    for made, each in ((theirs, of_torch), (ours, optim)):
+        train(made, each, 1)
+        number = each.state[made["large"]]["step"]
+        each.state[made["large"]]["step"] = number.reshape(1)
+        train(made, each, 1, seed=2)
+    assert len(updated) == 4
+    same(theirs, ours, (of_torch, optim))
+
+
 @pytest.mark.parametrize(("kind", "options"), LEFT.values(), ids=LEFT)
 def test_what_the_kernel_does_not_compute_is_left_to_torch(updated, kind, options):
     (theirs, of_torch), (ours, optim) = pair(kind, **options)
@@ -207,10 +236,12 @@ def test_prepare_takes_the_optimizer_unless_kernels_are_transformers(updated, ca
     given = AdamW(model.parameters(), fused=True)
     accelerator = Accelerator(cpu=True, parallelism_config=MoEConfig(kernels=kernels))
     model, prepared = accelerator.prepare(model, given)
+    assert accelerator.prepare_optimizer(optimizer=prepared) is prepared
     assert (given in optimizer._installed) is (kernels == "fused")
-    said = capsys.readouterr().err
-    assert ("moe-accel: AdamW updates each large parameter in one pass" in said) is (kernels == "fused")
-    for each in model.parameters():
-        each.grad = torch.ones_like(each)
-    prepared.step()
+    for _ in range(2):
+        for each in model.parameters():
+            each.grad = torch.ones_like(each)
+        prepared.step()
     assert bool(updated) is (kernels == "fused")
+    said = capsys.readouterr().err
+    assert said.count("moe-accel: AdamW updates each large parameter in one pass") == (kernels == "fused")
