@@ -265,10 +265,11 @@ def _times(row: dict, part: dict, rows: Rows) -> list[Any]:
     ratios = [None, None]
     if _counts(part):
         cells += [part[name] for name in ("ms", "ms_without_optimizer", "tok_s", "tok_s_without_optimizer", "peak_gib")]
+        arm = "stock_mixed" if is_mixed(row["arm"]) else "stock"
         stock = [
             its
             for each, its in _parts(rows, row["kind"])
-            if each["arm"] == "stock" and _setting(each) == _setting(row) and its["routing"] == part["routing"]
+            if each["arm"] == arm and _setting(each) == _setting(row) and its["routing"] == part["routing"]
             and all(each.get(name) == row.get(name) for name in ("gpu", "torch"))
         ]  # fmt: skip
         if stock:
