@@ -24,6 +24,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="no case runs on past this; 0 shows what is there")
     parser.add_argument("--arms", nargs="*", default=ARMS, choices=ARMS)
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
-    parser.add_argument("--batches", type=int, nargs="*", help="sequences a GPU, of training that is timed; all")
+    parser.add_argument("--match", default="*", help="only cases of such a name (--list), like 'full-*-8gpus-1seq-*'")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--shape", help="of moe-accel bench; qwen3-30b-a3b, on the CPU tiny")
     parser.add_argument("--layers", type=int, help="with one sequence a GPU; 6 a GPU, at most 48")
@@ -121,8 +122,7 @@ def wanted(args: argparse.Namespace) -> list[Case]:
     """The cases that the options ask for. A comparison needs its other side: ask for both."""
     cases = plan(args.gpus, args.layers, args.shallow, args.load_layers)
     cases = [case for case in cases if case.arm in args.arms and case.kind in args.kinds]
-    timed = ("full", "lora")
-    return [case for case in cases if args.batches is None or case.kind not in timed or case.batch in args.batches]
+    return [case for case in cases if fnmatchcase(case.key, args.match)]
 
 
 def read(args: argparse.Namespace) -> dict[str, Any]:
