@@ -11,8 +11,12 @@ host that runs ahead does not help. The lists turn that around:
 
 An all-gather asked for twice is made once, one that nobody came for is dropped at the end of backward. The price is
 memory: in backward two layers' experts are there at once.
+
+Where layers are no FSDP modules (`fsdp_auto_wrap_policy: NO_WRAP`), all but the experts is there from the start, and in
+forward experts ask for the next layer's; FSDP2's own order in backward is right then.
 """
 
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -22,12 +26,16 @@ from moe_accel.experts import is_decorated
 
 
 def prefetch_experts(model: nn.Module) -> None:
-    """Set the lists of all layers that FSDP2 shards.
+    """Set the lists of all layers that FSDP2 shards, or of the experts where it shards no layer.
 
     Args:
         model: sharded by FSDP2, the experts on a mesh of their own.
     """
-    for layers in layer_lists(model):
+    lists = layer_lists(model)
+    if not lists:
+        for experts, following in pairwise(each for each in model.modules() if _is_apart(each)):
+            experts.set_modules_to_forward_prefetch([following])
+    for layers in lists:
         inside = [[each for each in layer.modules() if _is_apart(each)] for layer in layers]
         for at, layer in enumerate(layers):
             layer.set_modules_to_forward_prefetch([*inside[at], *layers[at + 1 : at + 2]])

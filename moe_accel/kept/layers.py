@@ -121,6 +121,8 @@ def _fsdp2_apply_ac(original: Callable) -> Callable:
 
     def fsdp2_apply_ac(accelerator: Any, model: nn.Module) -> nn.Module:
         chosen: Any = next((each for each in model.modules() if CHOSEN in vars(each)), None)
+        if chosen is None:
+            chosen = _unwrappable(model, accelerator.state.fsdp_plugin)
         if chosen is not None:  # transformers does the same by a flag of each layer, which can be switched
             chosen.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             return model
@@ -129,6 +131,22 @@ def _fsdp2_apply_ac(original: Callable) -> Callable:
         return model
 
     return fsdp2_apply_ac
+
+
+def _unwrappable(model: nn.Module, fsdp_plugin: Any) -> Any:
+    """The model whose layers accelerate cannot wrap: without an auto-wrap policy it does not know them, and fails.
+
+    Raises:
+        ConfigError: accelerate is to offload what is checkpointed, too, which transformers does not.
+    """
+    if fsdp_plugin.auto_wrap_policy is not None or not any(map(is_decorated, model.modules())):
+        return None
+    if fsdp_plugin.activation_checkpointing_offload:
+        raise ConfigError(
+            "activation_checkpointing_offload needs layers to wrap, and fsdp_auto_wrap_policy is NO_WRAP",
+            "fsdp_config: {fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}",
+        )
+    return next(each for each in model.modules() if isinstance(each, PreTrainedModel))
 
 
 def unwrap_kept(model: nn.Module) -> None:

@@ -39,7 +39,9 @@ def write_checkpoint(folder: Path, num_layers: int, sizes: dict[str, Any], shard
     from transformers import Qwen3MoeConfig
 
     folder.mkdir(parents=True)
-    config = Qwen3MoeConfig(**sizes, num_hidden_layers=num_layers, dtype="bfloat16", architectures=["Qwen3MoeForCausalLM"])
+    config = Qwen3MoeConfig(
+        **sizes, num_hidden_layers=num_layers, dtype="bfloat16", architectures=["Qwen3MoeForCausalLM"]
+    )
     config.save_pretrained(folder)
     noise = (torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     hidden, inner, head = sizes["hidden_size"], sizes["moe_intermediate_size"], sizes["head_dim"]

@@ -74,13 +74,25 @@ def test_between_hosts_it_is_deepep_without_a_measurement():
 
 
 OBJECTIONS = {
-    "not-there-on-one-rank": ({"problems": (None, "the package deep_ep is not installed")}, "the package deep_ep is not"),
-    "pcie-seen-by-one": ({"links": ("NVLink", "PCIe")}, "its kernels need NVLink between the GPUs of an ep group, and th"),
-    "no-peer-access": ({"links": ("no peer access",) * 2}, "its kernels need NVLink between the GPUs of an ep group, an"),
+    "not-there-on-one-rank": (
+        {"problems": (None, "the package deep_ep is not installed")},
+        "the package deep_ep is not",
+    ),
+    "pcie-seen-by-one": (
+        {"links": ("NVLink", "PCIe")},
+        "its kernels need NVLink between the GPUs of an ep group, and th",
+    ),
+    "no-peer-access": (
+        {"links": ("no peer access",) * 2},
+        "its kernels need NVLink between the GPUs of an ep group, an",
+    ),
     "one-gpu": ({"links": ("one GPU",) * 2}, "ranks of an ep group share a GPU, where times say nothing"),
     "hidden": ({"hidden": 2056}, "hidden_size=2056 must be a multiple of 16"),
     "experts": ({"num_experts": 512}, "num_experts / ep_size = 256 must be at most 128"),
-    "buffer-between-hosts": ({"hosts": ("a", "b")}, "ep_size=2 must be one of 16, 24, 32, 48, 64, 96, 128, 144, 160 on"),
+    "buffer-between-hosts": (
+        {"hosts": ("a", "b")},
+        "ep_size=2 must be one of 16, 24, 32, 48, 64, 96, 128, 144, 160 on",
+    ),
     "no-buffer-on-one-rank": ({"fails": 1}, "its buffer cannot be made: cudaIpcOpenMemHandle"),
 }
 

@@ -89,7 +89,10 @@ def every_case(kind, ep_size):
             fake_deep_ep.CALLS.clear()
             ours = round_trip(deepep, *given, dtype)
             calls = {name: count for name, count in fake_deep_ep.CALLS.items() if not name.endswith("Buffer")}
-            same = [(a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a, b) for a, b in zip(*map(first, (ours, truth)), strict=True)]
+            same = [
+                (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a, b)
+                for a, b in zip(*map(first, (ours, truth)), strict=True)
+            ]
             found[case, dtype] = same, ours[1:] == truth[1:], calls
     left = len(fake_deep_ep.PENDING)
     alive = len(fake_deep_ep.ALIVE)

@@ -45,7 +45,9 @@ def train(job: Job, room: tuple[int, ...], **how: Any) -> tuple[Trained, list[tu
     return training.on_ranks(job, **how), seen
 
 
-@pytest.mark.parametrize("ep_size", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ep_size", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("how", ["transformers", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_all_ranks_keep_what_the_rank_with_least_room_can(ep_size, how):
     environment = with_moe_config(ep_size=ep_size, kept_layers="auto")

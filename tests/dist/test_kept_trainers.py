@@ -26,7 +26,9 @@ def before_fork(trainer: str = "trainer", **_: Any) -> None:
     model_class(FAMILY)
 
 
-def train(trainer: str, folder: Path, arguments: dict[str, Any], room: int) -> tuple[list[float], list[tuple[int, ...]]]:
+def train(
+    trainer: str, folder: Path, arguments: dict[str, Any], room: int
+) -> tuple[list[float], list[tuple[int, ...]]]:
     """Losses, and what was kept in each training forward, on a device with room for so many layers of 26 tokens."""
     from torch import nn
     from transformers.modeling_layers import GradientCheckpointingLayer

@@ -78,7 +78,9 @@ LORA = Job(
 def test_fp32_adapters_of_a_bf16_model_have_fp32_gradients_as_near_to_fp32_as_one_process_has(ep_size):
     ours = train_on_ranks(LORA, ep_size, mixed_precision="bf16")
     pefts, fp32 = reference(LORA).gradients, reference(dataclasses.replace(LORA, dtype="float32")).gradients
-    ours, pefts, fp32 = ({k: each for k, each in of.items() if each is not None} for of in (ours.gradients, pefts, fp32))
+    ours, pefts, fp32 = (
+        {k: each for k, each in of.items() if each is not None} for of in (ours.gradients, pefts, fp32)
+    )
     assert ours.keys() == pefts.keys() == fp32.keys()
     assert {each.dtype for each in ours.values()} == {torch.float32}
     assert relative_error(flat(ours), flat(fp32)) < SLACK * relative_error(flat(pefts), flat(fp32))

@@ -52,9 +52,12 @@ def test_on_three_ranks():
 
 
 @pytest.mark.parametrize(
-    "trainable", ["experts", "self_attn", *(pytest.param(each, marks=pytest.mark.slow) for each in ("layers.1", "lm_head"))]
+    "trainable",
+    ["experts", "self_attn", *(pytest.param(each, marks=pytest.mark.slow) for each in ("layers.1", "lm_head"))],
 )
-@pytest.mark.parametrize("recompute", ["true", pytest.param("false", marks=pytest.mark.slow)], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize(
+    "recompute", ["true", pytest.param("false", marks=pytest.mark.slow)], ids=["checkpointing", "plain"]
+)
 def test_with_everything_else_frozen(trainable, recompute):
     assert_parity(Job(trainable=trainable), 2, {"FSDP_ACTIVATION_CHECKPOINTING": recompute})
 
@@ -129,7 +132,9 @@ def test_with_fsdp_activation_checkpointing_and_accumulation():
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-@pytest.mark.parametrize("ep_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ep_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_ram_efficient_loading_takes_weights_and_buffers_from_rank_0_alone(family, ep_size):
     """Every other rank holds NaN everywhere, in DeepSeek-V3's correction bias too."""
     assert_parity(Job(family), ep_size, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, garbage=True)
@@ -200,3 +205,35 @@ def test_with_peft_adapters_and_the_reference_kernels():
 
 def test_with_peft_adapters_and_two_replicas():
     assert_parity(WITH_LORA, 2, moe_config={"dp_replicate_size": 2})
+
+
+ONE_GROUP = {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+
+
+@pytest.mark.parametrize(
+    ("job", "how"),
+    [
+        (FREE, {}),
+        (ACCUMULATE, {}),
+        (TIED, {}),
+        (WITH_LORA, {}),
+        (FREE, {"gradient_checkpointing": "non-reentrant"}),
+        (FREE, {"gradient_checkpointing": "non-reentrant", "moe_config": {"kept_layers": 1}}),
+        (FREE, {"variables": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}}),
+        (WITH_LORA, {"variables": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "moe_config": {"kept_layers": 1}}),
+    ],
+    ids=["plain", "accumulate2", "tied", "lora", "checkpointing", "kept-layers", "by-accelerate", "lora-by-accelerate"],
+)
+@BOTH
+def test_with_all_but_the_experts_in_one_group(job, how, ep_size):
+    """Without an auto-wrap policy, FSDP2 gathers all that it shards at once, and experts that it shards by themselves."""
+    how = dict(how)
+    assert_parity(job, ep_size, ONE_GROUP | how.pop("variables", {}), **how)
+
+
+def test_with_all_but_the_experts_in_one_group_read_by_rank_0_alone():
+    assert_parity(FREE, 4, {**ONE_GROUP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, garbage=True)
+
+
+def test_with_all_but_the_experts_in_one_group_and_two_replicas():
+    assert_parity(FREE, 2, ONE_GROUP, moe_config={"dp_replicate_size": 2})

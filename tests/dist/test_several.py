@@ -132,9 +132,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert "failed: broke" in capsys.readouterr().out
     assert call("--retry") == 0
     assert started == ["stock"]
-    assert call("--steps", "5") == f"{out} is of {_settings(out)}, and this call of {_settings(out) | {'steps': 5}}: " + (
-        "choose another --out"
-    )
+    assert call(
+        "--steps", "5"
+    ) == f"{out} is of {_settings(out)}, and this call of {_settings(out) | {'steps': 5}}: " + ("choose another --out")
 
 
 PART = {"parts": [{"routing": "random"}]}

@@ -66,7 +66,9 @@ def write_checkpoints(families: list[str], folder: Path) -> None:
             given = {"state_dict": state} if "drops" in how else {}
             model.save_pretrained(target, max_shard_size="60KB", **given, **how.get("saving", {}))
             torch.manual_seed(5)
-            loaded, info = model_class(family).from_pretrained(target, output_loading_info=True, **how.get("loading", {}))
+            loaded, info = model_class(family).from_pretrained(
+                target, output_loading_info=True, **how.get("loading", {})
+            )
             assert ("drops" in how) == bool(info["missing_keys"])
             truth = dict(loaded.state_dict())
             assert kind != "bf16" or {each.dtype for each in truth.values()} == {torch.bfloat16, torch.float32}
@@ -140,9 +142,13 @@ def folder(tmp_path_factory):
         pytest.param(1, "false", FAMILIES[:3], ["stacked"], "no", id="ep1", marks=pytest.mark.slow),
         pytest.param(2, "true", FAMILIES[:2], ["hub"], "no", id="ep2-ram_efficient"),
         pytest.param(2, "false", ["ernie4_5_moe"], ["bf16"], "bf16", id="ep2-keeps-fp32"),
-        pytest.param(4, "false", KINDS["bf16"]["families"], ["bf16"], "bf16", id="ep4-keeps-fp32", marks=pytest.mark.slow),
+        pytest.param(
+            4, "false", KINDS["bf16"]["families"], ["bf16"], "bf16", id="ep4-keeps-fp32", marks=pytest.mark.slow
+        ),
         pytest.param(2, "true", ["qwen3_moe"], ["missing"], "no", id="ep2-new-weights"),
-        pytest.param(4, "true", ["qwen3_moe", "mixtral"], ["missing"], "no", id="ep4-new-weights", marks=pytest.mark.slow),
+        pytest.param(
+            4, "true", ["qwen3_moe", "mixtral"], ["missing"], "no", id="ep4-new-weights", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_every_weight_buffer_and_loss_is_that_of_plain_transformers(
@@ -207,10 +213,18 @@ ON_DDP = {**with_moe_config(ep_size=1), "ACCELERATE_USE_FSDP": "false", "ACCELER
 @pytest.mark.parametrize(
     ("environment", "damage", "told"),
     [
-        pytest.param(ON_FSDP2, "cut-short", r"rank 1: {folder}/rank-1/model-\d+-of-\d+.safetensors is cut short: ", id="cut"),
-        pytest.param(ON_FSDP2, "unreadable", r"rank 1: {folder}/rank-1/\S+ cannot be read: Input/output error", id="eio"),
-        pytest.param(ON_FSDP2, "no-memory", "rank 1: its part of the checkpoint .* MemoryError: none left", id="no-memory"),
-        pytest.param(ON_DDP, "cut-short", r"rank 1: {folder}/rank-1/model-\d+-of-\d+.safetensors is cut short: ", id="ddp"),
+        pytest.param(
+            ON_FSDP2, "cut-short", r"rank 1: {folder}/rank-1/model-\d+-of-\d+.safetensors is cut short: ", id="cut"
+        ),
+        pytest.param(
+            ON_FSDP2, "unreadable", r"rank 1: {folder}/rank-1/\S+ cannot be read: Input/output error", id="eio"
+        ),
+        pytest.param(
+            ON_FSDP2, "no-memory", "rank 1: its part of the checkpoint .* MemoryError: none left", id="no-memory"
+        ),
+        pytest.param(
+            ON_DDP, "cut-short", r"rank 1: {folder}/rank-1/model-\d+-of-\d+.safetensors is cut short: ", id="ddp"
+        ),
     ],
 )
 def test_what_one_rank_cannot_read_ends_all_of_them(folder, tmp_path, environment, damage, told):

@@ -143,9 +143,7 @@ def folder(tmp_path_factory):
 QUICK = ("sft-by-path", "peft")
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param(how, marks=() if how in QUICK else pytest.mark.slow) for how in HOW]
-)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=() if how in QUICK else pytest.mark.slow) for how in HOW])
 def test_a_model_that_stays_in_its_files_trains_as_one_loaded_whole(folder, how):
     truth, *read = run_alone(train, how=how, folder=folder, batch=BATCH)
     assert read[0] == 0, "plain transformers"

@@ -168,7 +168,9 @@ def watch_training(trainer: Any, spoil_from: int | None = None) -> Any:
 
 def environment_of(layout: Layout, kind: str) -> dict[str, str]:
     """The variables of a launch in a layout; `kind` is the state dict type, FULL or SHARDED."""
-    environment = STOCK_FSDP2 if layout.ep_size is None else with_moe_config(ep_size=layout.ep_size, padding_free="auto")
+    environment = (
+        STOCK_FSDP2 if layout.ep_size is None else with_moe_config(ep_size=layout.ep_size, padding_free="auto")
+    )
     if not layout.fsdp:
         return {name: value for name, value in environment.items() if name == "MOE_ACCEL_CONFIG"}
     return {**environment, "FSDP_STATE_DICT_TYPE": f"{kind}_STATE_DICT"}

@@ -31,7 +31,7 @@ from typing import Any
 
 from tests.gpu.load import drop_cache
 from tests.gpu.processes import FSDP2, LOSS_TOLERANCE, NORM_TOLERANCE, run_ranks
-from tests.gpu.several_cases import ARMS, DEEPEP, KINDS, NEWER, Case, judge, plan, tables, wrong
+from tests.gpu.several_cases import ARMS, DEEPEP, KINDS, NEWER, UNWRAPPED, Case, judge, plan, tables, wrong
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
@@ -129,12 +129,17 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
     """What an earlier call left, or an empty report."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     if not args.out.exists():
-        return {"schema": SCHEMA, "commands": [shlex.join(sys.argv)], "settings": settings, "rows": {}}
+        return {"schema": SCHEMA, "commands": [command()], "settings": settings, "rows": {}}
     state = json.loads(args.out.read_text())
     if state.get("settings") != settings:
         sys.exit(f"{args.out} is of {state.get('settings')}, and this call of {settings}: choose another --out")
-    state["commands"].append(shlex.join(sys.argv))
+    state["commands"].append(command())
     return state
+
+
+def command() -> str:
+    """This call, as it was asked for."""
+    return shlex.join(["python", "-m", "tests.gpu.several", *sys.argv[1:]])
 
 
 def done(row: dict[str, Any] | None, retry: bool) -> bool:
@@ -241,10 +246,12 @@ def environment(case: Case, args: argparse.Namespace) -> dict[str, str]:
         found |= FSDP2
     if case.arm == "gathered":
         found["FSDP_RESHARD_AFTER_FORWARD"] = "false"
+    if case.arm in UNWRAPPED:
+        found["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP"
     if case.arm == "stock_ram":
         found["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
     if case.arm in DEEPEP:
-        found |= {"MOE_ACCEL_DEEPEP": case.arm, "EP_SUPPRESS_NCCL_CHECK": "1"}
+        found |= {"MOE_ACCEL_DEEPEP": DEEPEP[case.arm], "EP_SUPPRESS_NCCL_CHECK": "1"}
     return found
 
 

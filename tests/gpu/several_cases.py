@@ -10,7 +10,9 @@ Arms, each of which is what a user would run:
     ep1          moe-accel, ep_size 1: experts sharded like everything else
     alltoall     moe-accel, ep_size N
     gathered     the same with `fsdp_reshard_after_forward: false`: all but the experts stay gathered until backward
-    buffer       moe-accel, ep_size N, dispatcher deepep with `deep_ep.Buffer`; `elastic` with `ElasticBuffer`
+    unwrapped    the same with `fsdp_auto_wrap_policy: NO_WRAP`: all but the experts, embeddings and head in one group
+    buffer       moe-accel, ep_size N, dispatcher deepep with `deep_ep.Buffer`; `elastic` with `ElasticBuffer`;
+                 `elastic_unwrapped` as the name says
     stock_ram    loading only: stock with `fsdp_cpu_ram_efficient_loading`
     stock_mixed  stock with weights in fp32 and bf16 mixed precision; alltoall_mixed likewise, compared with that
 
@@ -32,15 +34,19 @@ ARMS = (
     "ep1",
     "alltoall",
     "gathered",
+    "unwrapped",
     "buffer",
     "elastic",
+    "elastic_unwrapped",
     "stock_ram",
     "stock_mixed",
     "alltoall_mixed",
 )
 """In the order in which one is what the others are compared with: the first that ran."""
 
-DEEPEP = ("buffer", "elastic")
+DEEPEP = {"buffer": "buffer", "elastic": "elastic", "elastic_unwrapped": "elastic"}
+"""Arms with DeepEP, and by which of its classes."""
+UNWRAPPED = ("unwrapped", "elastic_unwrapped")
 NEWER = ("stock_newer", "native_ep")
 KINDS = ("parity", "full", "lora", "load")
 CHECKSUM_TOLERANCE = 1e-9
@@ -105,15 +111,16 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
     add("parity", small, "one", "alltoall")
     add("full", one, "stock", "alltoall", "ep1")
     add("full", most, "alltoall", "stock_recompute")
-    add("full", one, "gathered")
+    add("full", one, "gathered", "unwrapped")
     add("full", four, "stock", "alltoall", "ep1")
     add("full", one, "native_ep")
     add("full", four, "native_ep")
-    for arm in DEEPEP:
+    for arm in ("buffer", "elastic"):
         add("parity", small, arm)
         add("full", one, arm)
         add("full", four, arm)
-    add("lora", one, "stock", "alltoall", "ep1")
+    add("full", one, "elastic_unwrapped")
+    add("lora", one, "stock", "alltoall", "ep1", "unwrapped")
     add("lora", four, "stock", "alltoall", "ep1")
     add("full", most, "alltoall", "ep1", "stock", "native_ep")
     add("full", one, "stock_newer")
@@ -126,8 +133,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
     add("full", one, "stock_mixed", "alltoall_mixed")
     add("parity", small, "stock", "native_ep", "ep1")
     add("lora", most, "alltoall", "ep1", "stock")
-    for arm in DEEPEP:
-        add("lora", one, arm)
+    add("lora", one, "buffer", "elastic")
     add("lora", one, "native_ep")
     return list(dict.fromkeys(cases))  # of few layers `most` may be `four`
 

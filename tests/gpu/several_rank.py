@@ -22,7 +22,7 @@ from moe_accel.bench import flops, routing, suites
 from moe_accel.bench.measure import GIB
 from moe_accel.bench.options import Case
 from moe_accel.ranks import gather
-from tests.gpu.several_cases import is_mixed
+from tests.gpu.several_cases import DEEPEP, is_mixed
 
 
 class Skip(Exception):
@@ -147,12 +147,12 @@ def check_arm(job: Job) -> None:
     Raises:
         Skip: with the reason.
     """
-    if job.arm in ("buffer", "elastic"):
+    if job.arm in DEEPEP:
         if job.device == "cpu":
             raise Skip("DeepEP needs a GPU")
         import deep_ep  # pyright: ignore[reportMissingImports]
 
-        name = {"buffer": "Buffer", "elastic": "ElasticBuffer"}[job.arm]
+        name = {"buffer": "Buffer", "elastic": "ElasticBuffer"}[DEEPEP[job.arm]]
         if not hasattr(deep_ep, name):
             raise Skip(f"the deep_ep that is installed has no {name}")
     if job.arm == "native_ep":
@@ -196,7 +196,7 @@ def accelerator_of(job: Job) -> Any:
     if job.arm.startswith("stock"):
         accelerator = Accelerator(mixed_precision=precision)
     else:
-        dispatcher = "deepep" if job.arm in ("buffer", "elastic") else "alltoall"
+        dispatcher = "deepep" if job.arm in DEEPEP else "alltoall"
         config = MoEConfig(ep_size=1 if job.arm == "ep1" else job.gpus, dispatcher=dispatcher)
         accelerator = Accelerator(mixed_precision=precision, parallelism_config=config)
     if job.gpus > 1 and not (accelerator.is_fsdp2 and accelerator.num_processes == job.gpus):

@@ -113,6 +113,26 @@ def test_fsdps_checkpointing_of_more_than_a_layer_is_refused(monkeypatch):
         accelerate.accelerator.fsdp2_apply_ac(accelerator, model)
 
 
+@pytest.mark.parametrize("num_kept", [0, 1])
+def test_without_an_auto_wrap_policy_transformers_checkpoints(monkeypatch, num_kept):
+    """accelerate, which asks the policy for each module, fails there."""
+    model = three_layers()
+    accelerator, made = fsdp(monkeypatch, auto_wrap_policy="no_wrap")
+    kept.keep_layers(model, num_kept, made)
+    names = list(model.state_dict())
+    assert accelerate.accelerator.fsdp2_apply_ac(accelerator, model) is model
+    assert list(model.state_dict()) == names
+    assert times_computed(model) == ([2, 2, 1] if num_kept else [2, 2, 2])
+
+
+def test_without_an_auto_wrap_policy_what_is_offloaded_is_refused_and_a_dense_model_is_accelerates(monkeypatch):
+    accelerator, _ = fsdp(monkeypatch, auto_wrap_policy="no_wrap", activation_checkpointing_offload=True)
+    with pytest.raises(ConfigError, match=r"^activation_checkpointing_offload needs layers to wrap"):
+        accelerate.accelerator.fsdp2_apply_ac(accelerator, three_layers())
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        accelerate.accelerator.fsdp2_apply_ac(accelerator, torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
 def test_fsdp_1_is_refused_and_so_are_more_layers_than_there_are(monkeypatch):
     _, made = fsdp(monkeypatch, 1)
     with pytest.raises(ConfigError, match=r"^kept_layers=1 needs FSDP version 2 beside activation_checkpointing"):
