@@ -33,7 +33,8 @@ def prefetch_experts(model: nn.Module) -> None:
     """
     lists = layer_lists(model)
     if not lists:
-        for experts, following in pairwise(each for each in model.modules() if _is_apart(each)):
+        apart: list[Any] = [each for each in model.modules() if _is_apart(each)]
+        for experts, following in pairwise(apart):
             experts.set_modules_to_forward_prefetch([following])
     for layers in lists:
         inside = [[each for each in layer.modules() if _is_apart(each)] for layer in layers]
