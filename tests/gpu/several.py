@@ -248,6 +248,8 @@ def environment(case: Case, args: argparse.Namespace) -> dict[str, str]:
         found["FSDP_RESHARD_AFTER_FORWARD"] = "false"
     if case.arm in UNWRAPPED:
         found["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP"
+    if case.arm == "compiled":
+        found |= {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true"}
     if case.arm == "stock_ram":
         found["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
     if case.arm in DEEPEP:

@@ -11,6 +11,7 @@ Arms, each of which is what a user would run:
     alltoall     moe-accel, ep_size N
     gathered     the same with `fsdp_reshard_after_forward: false`: all but the experts stay gathered until backward
     unwrapped    the same with `fsdp_auto_wrap_policy: NO_WRAP`: all but the experts, embeddings and head in one group
+    compiled     unwrapped, with accelerate's regional compilation of layers by Inductor
     buffer       moe-accel, ep_size N, dispatcher deepep with `deep_ep.Buffer`; `elastic` with `ElasticBuffer`;
                  `elastic_unwrapped` as the name says
     stock_ram    loading only: stock with `fsdp_cpu_ram_efficient_loading`
@@ -35,6 +36,7 @@ ARMS = (
     "alltoall",
     "gathered",
     "unwrapped",
+    "compiled",
     "buffer",
     "elastic",
     "elastic_unwrapped",
@@ -46,7 +48,7 @@ ARMS = (
 
 DEEPEP = {"buffer": "buffer", "elastic": "elastic", "elastic_unwrapped": "elastic"}
 """Arms with DeepEP, and by which of its classes."""
-UNWRAPPED = ("unwrapped", "elastic_unwrapped")
+UNWRAPPED = ("unwrapped", "compiled", "elastic_unwrapped")
 NEWER = ("stock_newer", "native_ep")
 KINDS = ("parity", "full", "lora", "load")
 CHECKSUM_TOLERANCE = 1e-9
@@ -111,7 +113,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
     add("parity", small, "one", "alltoall")
     add("full", one, "stock", "alltoall", "ep1")
     add("full", most, "alltoall", "stock_recompute")
-    add("full", one, "gathered", "unwrapped")
+    add("full", one, "gathered", "unwrapped", "compiled")
     add("full", four, "stock", "alltoall", "ep1")
     add("full", one, "native_ep")
     add("full", four, "native_ep")
