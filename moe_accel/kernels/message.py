@@ -96,7 +96,7 @@ def _count_kernel(
     tl.atomic_add(counts + each * 2 + 1, pairs, mask=(each < num_ranks) & (pairs > 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _write_kernel(
     words,
     experts,

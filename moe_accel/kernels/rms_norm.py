@@ -154,7 +154,7 @@ def _constants(tile: Tile, width: int) -> dict[str, int]:
     return sizes | {"num_warps": tile.num_warps}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x,
     weight,
@@ -183,7 +183,7 @@ def _forward_kernel(
         tl.store(inverse + row, r, mask=row < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     gradient,
     x,
@@ -222,7 +222,7 @@ def _backward_kernel(
         tl.store(sums + program.to(tl.int64) * width + column, tl.sum(total, 0), mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _sum_kernel(sums, out, num_rows, width: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum over the rows of `sums` [P,H] -> out [H]."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

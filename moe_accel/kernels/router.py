@@ -257,7 +257,7 @@ def _reachable(choice, EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROU
     return tl.reshape(grouped, (ROWS, EXPERTS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     logits,
     bias,
@@ -320,7 +320,7 @@ def _forward_kernel(
     tl.store(indices + at, index.to(tl.int64), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     gradient,
     scores,

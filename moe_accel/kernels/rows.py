@@ -132,7 +132,7 @@ def gather_triton(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_pairs"])
 def _gather_kernel(
     values,
     copies,
@@ -161,7 +161,7 @@ def _gather_kernel(
         start += COPIES
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_pairs"])
 def _sum_kernel(
     values,
     more,

@@ -129,7 +129,7 @@ def _count_kernel(choices, counts, num_choices, num_experts, EXPERTS: tl.constex
     tl.store(counts + block * EXPERTS + tl.arange(0, EXPERTS), count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _scan_kernel(counts, totals, num_blocks, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr):
     """counts [B,E] -> the sum over the blocks before, in their place, and totals [E]."""
     expert = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -146,7 +146,7 @@ def _scan_kernel(counts, totals, num_blocks, EXPERTS: tl.constexpr, BLOCKS: tl.c
     tl.store(totals + expert, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_kept"])
 def _place_kernel(
     choices,
     counts,

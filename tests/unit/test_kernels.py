@@ -285,6 +285,22 @@ def test_compiles_for_sm_90_without_spills(kernel, types, constants, tmp_path):
     assert set(stack) == {"0"}, printed
 
 
+COUNTS = {"num_rows", "num_pairs", "num_kept", "num_blocks"}
+"""Parameters that are other numbers in every step."""
+
+
+@needs_triton
+def test_no_kernel_is_compiled_anew_for_another_number_of_rows():
+    found = {
+        f"{kernel.__module__}.{kernel.__name__}: {parameter.name}": parameter.do_not_specialize
+        for kernel, *_ in COMPILED.values()
+        for parameter in kernel.params
+        if parameter.name in COUNTS
+    }
+    assert len(found) >= 12
+    assert all(found.values()), found
+
+
 @needs_triton
 @pytest.mark.parametrize("width", [2048, 2880, 4096, 7168])
 def test_wide_rows_travel_by_16_bytes_and_all_programs_of_a_norm_are_there_at_once(width, tmp_path):
