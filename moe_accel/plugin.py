@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moe_accel import block, checkpoint, experts, kept, lora, loss, padding, streaming
@@ -181,6 +181,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
             *told_of_general_path(kernels, used),
             *beside_said,
             *told_of_lora(kernels, model, accelerator.mixed_precision),
+            *told_of_wrapping(model, found, accelerator),
             *kept_said,
             *(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),
         ),
@@ -261,6 +262,28 @@ def told_of_general_path(kernels: Choice, found: list[tuple[str, Any]]) -> list[
         return []
     reasons = Counter(why for _, module in found if (why := why_not_gated(module)) is not None)
     return [f"experts of {num} of {len(found)} layers as separate operations: {why}" for why, num in reasons.items()]
+
+
+GATHERED_BYTES = 6e9
+"""What a GPU has room for besides, in parameters and once more in their gradients."""
+
+
+def told_of_wrapping(model: nn.Module, found: list[tuple[str, Any]], accelerator: Accelerator) -> list[str]:
+    """A line for the report where FSDP2 gathers little, layer by layer, which takes the host longer than the GPU."""
+    config: Any = accelerator.parallelism_config
+    if accelerator.device.type != "cuda" or not config.ep_size == accelerator.num_processes > 1:
+        return []
+    plugin: Any = accelerator.state.fsdp_plugin
+    if plugin.auto_wrap_policy is None or isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        return []
+    of_experts = {parameter for _, module in found for _, parameter in experts.stacked_parameters(module)}
+    sizes = [(each.numel(), each.itemsize) for each in model.parameters() if each not in of_experts]
+    computed = None if accelerator.mixed_precision == "no" else 2
+    gathered = sum(number * (computed or size) for number, size in sizes)
+    if gathered > GATHERED_BYTES:
+        return []
+    at_once = f"would gather all but the experts, {gathered / 1e9:.1f} GB, at once and not layer by layer"
+    return [f"fsdp_auto_wrap_policy: NO_WRAP {at_once}: faster with few tokens a GPU"]
 
 
 def traffic(found: list[tuple[str, Any]]) -> choose.Traffic:

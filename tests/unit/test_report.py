@@ -1,11 +1,17 @@
 """The report in full: what was done to a model, as rank 0 prints it."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 
+from moe_accel import experts, plugin
 from moe_accel.report import Choice, Report, say, short
 from moe_accel.version import VERSION
+from tests.families import build_tiny
 
 REPORT = Report(
     model="Qwen3MoeForCausalLM",
@@ -67,3 +73,36 @@ def test_frozen_experts_and_notes_are_said(capsys):
 )
 def test_a_count_has_three_digits_and_a_unit(number, text):
     assert short(number) == text
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, "gather all but the experts, 1.0 GB, at once"),
+        ({"mixed_precision": "bf16"}, "gather all but the experts, 0.5 GB, at once"),
+        ({"device": torch.device("cpu")}, None),
+        ({"ep_size": 4}, None),
+        ({"policy": None}, None),
+        ({"offload": CPUOffloadPolicy()}, None),
+        ({"hidden": 140_000}, None),
+    ],
+    ids=["fp32", "bf16", "cpu", "experts-shared", "no-wrap", "offloaded", "much-to-gather"],
+)
+def test_that_little_is_gathered_by_layers_is_told(changed, told):
+    given = {"ep_size": 8, "policy": torch.nn.Module, "offload": None, "hidden": 15_625, "mixed_precision": "no"}
+    given |= {"device": torch.device("cuda")} | changed
+    with torch.device("meta"):
+        mixture = build_tiny("qwen3_moe")
+        mixture.dense = torch.nn.Linear(given["hidden"], 16_000, bias=False)  # of fp32
+    accelerator: Any = SimpleNamespace(
+        device=given["device"],
+        num_processes=8,
+        mixed_precision=given["mixed_precision"],
+        parallelism_config=SimpleNamespace(ep_size=given["ep_size"]),
+        state=SimpleNamespace(
+            fsdp_plugin=SimpleNamespace(auto_wrap_policy=given["policy"], cpu_offload=given["offload"])
+        ),
+    )
+    lines = plugin.told_of_wrapping(mixture, experts.find_experts(mixture), accelerator)
+    assert len(lines) == (told is not None)
+    assert all(told in line for line in lines)

@@ -13,7 +13,7 @@ from torch import nn
 from moe_accel import expert_lora_config, lora
 from moe_accel.siblings import ATTRIBUTE, called_alike
 from tests.families import build_tiny, randomise, tiny_inputs, tiny_loss
-from tests.unit.expert_adapters import assert_same, training
+from tests.unit.expert_adapters import TOLERANCE, assert_same, training
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -265,8 +265,9 @@ def test_with_adapters_off_and_on_and_two_of_them(sizes):
     inputs = tiny_inputs("qwen3_moe")
 
     def both(expected_sizes):
+        """Each is off by up to 8e-6 from fp64, the one on one CPU and the other on the next."""
         sizes.clear()
-        assert_same(training(found, "qwen3_moe"), training(model, "qwen3_moe"))
+        assert_same(training(found, "qwen3_moe"), training(model, "qwen3_moe"), 2 * TOLERANCE)
         assert set(sizes) == expected_sizes
 
     both({3, 1})
