@@ -204,6 +204,7 @@ def shard_model(accelerator: Accelerator, model: nn.Module, stock: Callable) -> 
             shard_experts(detached, config.sparse_mesh, accelerator)
             if config.sparse_mesh["efsdp"].size() > 1:  # else there is nothing to gather
                 prefetch_experts(model)
+    experts.join_adapters(model)
     return model
 
 

@@ -6,8 +6,8 @@
 The two are added in the GEMM's own fp32 sums: nothing of [P,out] is written twice, and no adapter is rounded away
 beside what it is added to. W stays the model's parameter, a view of the whole; A and B, a few MB, are written there
 from PEFT's parameters in each forward and nowhere else: backward and recompute find them, or write them again where
-another forward has written its own since. Only frozen weights that this rank has whole are joined: FSDP gathers
-parameters into memory of its own.
+another forward has written its own since. Only frozen weights that lie on this rank as they are used are joined: all of
+them on one GPU, this rank's experts where nobody shares them. FSDP gathers parameters into memory of its own.
 Before a state dict is made the weights leave it, as safetensors wants whole memory, and the next training forward joins
 them again.
 
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moe_accel.experts.replay import in_backward
@@ -63,10 +64,10 @@ class Joined:
     def leave(self, module: Any, name: str) -> bool:
         """Give the parameter memory of its own again; False where it has that already."""
         parameter: nn.Parameter = getattr(module, name)
-        matrix = parameter.detach() if module.is_transposed else parameter.detach().transpose(1, 2)
+        matrix = _memory(parameter) if module.is_transposed else _memory(parameter).transpose(1, 2)
         if _where(matrix) != self._where:
             return False
-        parameter.data = parameter.detach().contiguous()
+        _move(parameter, _memory(parameter).contiguous())
         return True
 
     def holds(self, matrix: Tensor, rank: int, dtype: torch.dtype) -> bool:
@@ -81,6 +82,27 @@ class Joined:
                 self._held = None
                 source.write(self.a, self.b)
             self._held = source
+
+
+def _is_gathered(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether FSDP2 gathers a parameter, with its experts module or with the layer around: all but what `ep` alone
+    spreads."""
+    if not isinstance(parameter, DTensor):
+        return False
+    return isinstance(module, FSDPModule) or "ep" not in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def _memory(parameter: Any) -> Tensor:
+    """What this rank has of a parameter, itself, without autograd."""
+    return parameter._local_tensor.detach() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def _move(parameter: Any, memory: Tensor) -> None:
+    """Let a parameter be in other memory, as FSDP2 does it to a DTensor."""
+    if isinstance(parameter, DTensor):
+        parameter._local_tensor = memory
+    else:
+        parameter.data = memory
 
 
 def _where(matrix: Tensor) -> tuple[Any, ...]:
@@ -146,12 +168,13 @@ def join(module: Any, name: str, rank: int) -> Joined | None:
         rank: of the adapter, padded.
     """
     parameter: nn.Parameter = getattr(module, name)
-    if isinstance(parameter, DTensor) or parameter.requires_grad or not parameter.is_contiguous():
+    memory = _memory(parameter)
+    if _is_gathered(module, parameter) or parameter.requires_grad or not memory.is_contiguous():
         return None
-    matrix = parameter.detach() if module.is_transposed else parameter.detach().transpose(1, 2)
+    matrix = memory if module.is_transposed else memory.transpose(1, 2)
     rows = torch.empty(0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     if not takes_torch_grouped_mm(rows, matrix):
         return None
     joined = Joined(matrix, rank)
-    parameter.data = joined.matrix if module.is_transposed else joined.matrix.transpose(1, 2)
+    _move(parameter, joined.matrix if module.is_transposed else joined.matrix.transpose(1, 2))
     return joined
