@@ -1,12 +1,12 @@
 """The command line: parse, call, render. Imports neither torch nor accelerate before a command needs them."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_accel.choices import Dequantize, Layout, LoraBLayout, LoraOrder, ModelLayout, Suite, Verify
 from moe_accel.errors import ConfigError, MoEAccelError
 from moe_accel.quick_help import show_help
 from moe_accel.streams import printed
@@ -59,46 +59,6 @@ def launch(context: typer.Context) -> None:
     from moe_accel.launch import main as run_launcher
 
     run_launcher(context.args)
-
-
-class Layout(StrEnum):
-    """The layouts that `convert --to` writes: of checkpoints, and `peft` and `per-expert` of adapters."""
-
-    stacked = "stacked"
-    per_expert = "per-expert"
-    hub = "hub"
-    te_grouped = "te-grouped"
-    nemo = "nemo"
-    sonicmoe = "sonicmoe"
-    peft = "peft"
-
-
-class Dequantize(StrEnum):
-    """What `convert --dequantize` writes."""
-
-    bf16 = "bf16"
-
-
-class Verify(StrEnum):
-    """How much `convert` checks."""
-
-    none = "none"
-    header = "header"
-    full = "full"
-
-
-class LoraOrder(StrEnum):
-    """What A of a stacked adapter acts on: the input (`standard`), or the output."""
-
-    standard = "standard"
-    swapped = "swapped"
-
-
-class LoraBLayout(StrEnum):
-    """Which columns of a stacked adapter's B belong to an expert."""
-
-    rank_major = "rank_major"
-    grouped_by_expert = "grouped_by_expert"
 
 
 Family = Annotated[Path | None, typer.Option("--family", help="A TOML table of one's own, read before the others.")]
@@ -171,7 +131,7 @@ def merge(
     ],
     base: Annotated[Path, typer.Option("--base", help="Directory of its base model.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Directory to write, new or empty.", show_default=False)],
-    to: Annotated[Layout | None, typer.Option("--to", help="Layout of the experts. Default: as the base is.")] = None,
+    to: Annotated[ModelLayout | None, typer.Option(help="Layout of the experts. Default: as the base is.")] = None,
     family: Family = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, or refused.")] = False,
@@ -267,14 +227,6 @@ def inspect(
         raise typer.Exit(show_adapter(path, request, as_json))
     _refuse_adapter_options(path, base, model_type, lora_order, lora_b_layout)
     raise typer.Exit(show(path, family, as_json))
-
-
-class Suite(StrEnum):
-    """What `bench` measures."""
-
-    kernel = "kernel"
-    full = "full"
-    lora = "lora"
 
 
 @app.command()

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_accel import block, checkpoint, experts, kept, lora, loss, padding, streaming
+from moe_accel import block, checkpoint, experts, garbage, kept, lora, loss, padding, streaming
 from moe_accel import optimizer as optimizers
 from moe_accel.dispatch import choose
 from moe_accel.errors import UnsupportedModelError
@@ -57,6 +57,7 @@ def install(accelerator: Accelerator) -> None:
     wrap(Accelerator, "prepare", _prepare)
     wrap(Accelerator, "prepare_model", _prepare_model)
     wrap(Accelerator, "prepare_optimizer", _prepare_optimizer)
+    wrap(Accelerator, "free_memory", _free_memory)
     wrap(accelerate.accelerator, "fsdp2_prepare_model", _fsdp2_prepare_model)
 
 
@@ -73,7 +74,10 @@ def _prepare(original: Callable) -> Callable:
             models = [each for each in args if isinstance(each, nn.Module)]
             swap_all(self, models)
             read_whole_models(self, models)
-        return original(self, *args, **kwargs)
+        prepared = original(self, *args, **kwargs)
+        if self in _installed and self.num_processes > 1:
+            garbage.set_aside()
+        return prepared
 
     return prepare
 
@@ -104,6 +108,17 @@ def _prepare_optimizer(original: Callable) -> Callable:
         return original(self, optimizer, *args, **kwargs)
 
     return prepare_optimizer
+
+
+def _free_memory(original: Callable) -> Callable:
+    """Around `Accelerator.free_memory`, which collects garbage."""
+
+    def free_memory(self: Accelerator, *objects: Any) -> Any:
+        if self in _installed:
+            garbage.bring_back()
+        return original(self, *objects)
+
+    return free_memory
 
 
 def _fsdp2_prepare_model(original: Callable) -> Callable:
@@ -270,12 +285,20 @@ GATHERED_BYTES = 6e9
 
 
 def told_of_wrapping(model: nn.Module, found: list[tuple[str, Any]], accelerator: Accelerator) -> list[str]:
-    """A line for the report where FSDP2 gathers little, layer by layer, which takes the host longer than the GPU."""
+    """Lines for the report: where FSDP2 gathers little, layer by layer, which takes the host longer than the GPU; and
+    where it knows no layers and is to checkpoint them."""
+    if not accelerator.is_fsdp2:
+        return []
     config: Any = accelerator.parallelism_config
+    plugin: Any = accelerator.state.fsdp_plugin
+    if plugin.auto_wrap_policy is None:
+        by_transformers = (
+            "activation_checkpointing by transformers: accelerate knows no layers without an auto-wrap policy"
+        )
+        return [by_transformers] if plugin.activation_checkpointing else []
     if accelerator.device.type != "cuda" or not config.ep_size == accelerator.num_processes > 1:
         return []
-    plugin: Any = accelerator.state.fsdp_plugin
-    if plugin.auto_wrap_policy is None or isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         return []
     of_experts = {parameter for _, module in found for _, parameter in experts.stacked_parameters(module)}
     sizes = [(each.numel(), each.itemsize) for each in model.parameters() if each not in of_experts]

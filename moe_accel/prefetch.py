@@ -16,7 +16,8 @@ Where layers are no FSDP modules (`fsdp_auto_wrap_policy: NO_WRAP`), all but the
 forward experts ask for the next layer's; FSDP2's own order in backward is right then.
 """
 
-from itertools import pairwise
+import re
+from itertools import chain, pairwise
 from typing import Any
 
 from torch import nn
@@ -33,8 +34,11 @@ def prefetch_experts(model: nn.Module) -> None:
     """
     lists = layer_lists(model)
     if not lists:
-        apart: list[Any] = [each for each in model.modules() if _is_apart(each)]
-        for experts, following in pairwise(apart):
+        apart: dict[str, list[Any]] = {}  # by the list that their layers are in
+        for name, module in model.named_modules():
+            if _is_apart(module):
+                apart.setdefault(re.split(r"\.\d+\.", name)[0], []).append(module)
+        for experts, following in chain.from_iterable(map(pairwise, apart.values())):
             experts.set_modules_to_forward_prefetch([following])
     for layers in lists:
         inside = [[each for each in layer.modules() if _is_apart(each)] for layer in layers]

@@ -29,7 +29,8 @@ def bench(options: Options, as_json: bool, out: Path | None) -> int:
     if out is not None:
         try:  # now, and not after an hour
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.touch()
+            with out.open("a"):
+                pass
         except OSError as error:
             raise ConfigError(f"cannot write {out}: {error.strerror}", "--out takes a file") from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a process that is measured must not stay behind

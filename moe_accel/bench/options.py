@@ -131,7 +131,7 @@ class Options:
             yield "layers and checkpointing are for the suites full and lora; kernel is one MoE block"
         yield from self._problems_of_cases()
         if self.peer_module and not _is_there(self.peer_module):
-            yield f"peer_module={self.peer_module!r} is neither a file nor a module that can be imported"
+            yield f"peer_module={self.peer_module!r} is neither a .py file nor a module that can be imported"
 
     def _problems_of_cases(self) -> Iterator[str]:
         positive = (*self.layers, *self.tokens, self.batch or 1, self.seq_len or 1)

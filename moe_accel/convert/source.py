@@ -149,7 +149,9 @@ def confine(file: Path, roots: tuple[Path, ...]) -> Path:
 
 def _refuse_what_is_no_checkpoint(folder: Path, names: list[str], found: list[str]) -> None:
     if found and "adapter_config.json" in names and all(name.startswith("adapter") for name in found):
-        raise CheckpointError(f"{folder} holds an adapter, not a model", "moe-accel merge adds it to its base model")
+        raise CheckpointError(
+            f"{folder} holds an adapter, not a model", "moe-accel merge ADAPTER --base MODEL adds it to its base model"
+        )
     if found:
         return
     if any(name.endswith(INDEX_SUFFIX) for name in names):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import accelerate.accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from transformers import PreTrainedModel
@@ -139,12 +140,12 @@ def _unwrappable(model: nn.Module, fsdp_plugin: Any) -> Any:
     Raises:
         ConfigError: accelerate is to offload what is checkpointed, too, which transformers does not.
     """
-    if fsdp_plugin.auto_wrap_policy is not None or not any(map(is_decorated, model.modules())):
+    if fsdp2_prepare_auto_wrap_policy(fsdp_plugin, model) is not None or not any(map(is_decorated, model.modules())):
         return None
     if fsdp_plugin.activation_checkpointing_offload:
         raise ConfigError(
-            "activation_checkpointing_offload needs layers to wrap, and fsdp_auto_wrap_policy is NO_WRAP",
-            "fsdp_config: {fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}",
+            "activation_checkpointing_offload needs an auto-wrap policy of layers, and NO_WRAP, the default, is none",
+            "fsdp_config: without activation_checkpointing_offload, or fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP",
         )
     return next(each for each in model.modules() if isinstance(each, PreTrainedModel))
 

@@ -2,6 +2,8 @@
 
 How many rows, pairs or blocks there are is data. Triton would compile a kernel once more where 16 divides one of them,
 whenever that comes up, while all other ranks wait: kernels say `do_not_specialize` of them, which makes the same code.
+Not of numbers of choices, K a row: where 16 divides them they are read 16 bytes at once, and both forms come up at the
+start.
 
 `TRITON_INTERPRET=1` runs them on CPU tensors, element by element: how the tests see their arithmetic without a GPU.
 """

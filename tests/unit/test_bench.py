@@ -219,7 +219,7 @@ def test_the_command_exits_2_where_options_are_wrong():
         ({"suite": "full", "layers": (49,)}, "layers=49 is more than the 48 of qwen3-30b-a3b"),
         ({"layers": (2,)}, "layers and checkpointing are for the suites full and lora; kernel is one MoE block"),
         ({"suite": "full", "layers": (0,)}, "layers=0 must be above 0"),
-        ({"peer_module": "there/is/none.py"}, "peer_module='there/is/none.py' is neither a file nor a module"),
+        ({"peer_module": "there/is/none.py"}, "peer_module='there/is/none.py' is neither a .py file nor a module"),
         ({"kernels": "quick"}, "kernels='quick' must be one of auto, reference, fused, te"),
     ],
 )

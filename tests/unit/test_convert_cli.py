@@ -36,6 +36,7 @@ def call(monkeypatch, *arguments: object) -> int:
 
 def test_the_choices_are_those_of_the_converter():
     assert tuple(each.value for each in cli.Layout) == (*TARGETS, "peft")
+    assert tuple(each.value for each in cli.ModelLayout) == TARGETS
     assert tuple(each.value for each in cli.Verify) == VERIFY_LEVELS
 
 

@@ -127,7 +127,7 @@ def test_without_an_auto_wrap_policy_transformers_checkpoints(monkeypatch, num_k
 
 def test_without_an_auto_wrap_policy_what_is_offloaded_is_refused_and_a_dense_model_is_accelerates(monkeypatch):
     accelerator, _ = fsdp(monkeypatch, auto_wrap_policy="no_wrap", activation_checkpointing_offload=True)
-    with pytest.raises(ConfigError, match=r"^activation_checkpointing_offload needs layers to wrap"):
+    with pytest.raises(ConfigError, match=r"^activation_checkpointing_offload needs an auto-wrap policy of layers"):
         accelerate.accelerator.fsdp2_apply_ac(accelerator, three_layers())
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         accelerate.accelerator.fsdp2_apply_ac(accelerator, torch.nn.Sequential(torch.nn.Linear(2, 2)))

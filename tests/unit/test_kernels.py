@@ -286,7 +286,7 @@ def test_compiles_for_sm_90_without_spills(kernel, types, constants, tmp_path):
 
 
 COUNTS = {"num_rows", "num_pairs", "num_kept", "num_blocks"}
-"""Parameters that are other numbers in every step."""
+"""Parameters that are other numbers in every step; not `num_choices`, of which kernels have two forms on purpose."""
 
 
 @needs_triton

@@ -17,8 +17,8 @@ from moe_accel.parallelism import MoEConfig
 PACKAGE = Path(moe_accel.__file__).parent
 
 LAYERS = [
-    {"version", "errors"},
-    {"config", "hooks", "versions", "report", "swap"},
+    {"version", "errors", "choices"},
+    {"config", "garbage", "hooks", "versions", "report", "swap"},
     {"mesh", "kernels", "cpu", "environment", "ranks", "siblings"},
     {"padding"},
     {"dispatch", "convert"},
@@ -48,6 +48,7 @@ LAYERS = [
 
 WITHOUT_TORCH = [
     "cli",
+    "choices",
     "config",
     "errors",
     "launch",

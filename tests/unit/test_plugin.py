@@ -23,7 +23,7 @@ from tests.dist.training import OPTIMIZER
 from tests.families import build_tiny, experts_modules, tiny_inputs, tiny_loss
 
 PATCHED = [
-    *((Accelerator, name) for name in ("prepare", "prepare_model", "prepare_optimizer")),
+    *((Accelerator, name) for name in ("prepare", "prepare_model", "prepare_optimizer", "free_memory")),
     (accelerate.accelerator, "fsdp2_prepare_model"),
 ]
 
@@ -341,6 +341,7 @@ def test_accelerate_still_has_what_is_patched_with_the_arguments_we_pass_on():
     assert parameters(accelerate.accelerator.fsdp2_prepare_model) == ["accelerator", "model"]
     assert parameters(Accelerator.prepare) == ["self", "args", "device_placement"]
     assert parameters(Accelerator.prepare_model) == ["self", "model", "device_placement", "evaluation_mode"]
+    assert parameters(Accelerator.free_memory) == ["self", "objects"]
 
 
 def test_accelerates_prepare_still_calls_the_binding_that_is_patched(monkeypatch, dense):

@@ -85,22 +85,39 @@ def test_a_count_has_three_digits_and_a_unit(number, text):
         ({"policy": None}, None),
         ({"offload": CPUOffloadPolicy()}, None),
         ({"hidden": 140_000}, None),
+        ({"fsdp2": False, "policy": None, "checkpointing": True}, None),
+        ({"policy": None, "checkpointing": True, "ep_size": 4}, "activation_checkpointing by transformers"),
     ],
-    ids=["fp32", "bf16", "cpu", "experts-shared", "no-wrap", "offloaded", "much-to-gather"],
+    ids=[
+        "fp32",
+        "bf16",
+        "cpu",
+        "experts-shared",
+        "no-wrap",
+        "offloaded",
+        "much-to-gather",
+        "no-fsdp2",
+        "checkpointing",
+    ],
 )
-def test_that_little_is_gathered_by_layers_is_told(changed, told):
+def test_what_is_gathered_and_checkpointed_by_layers_is_told(changed, told):
     given = {"ep_size": 8, "policy": torch.nn.Module, "offload": None, "hidden": 15_625, "mixed_precision": "no"}
-    given |= {"device": torch.device("cuda")} | changed
+    given |= {"device": torch.device("cuda"), "fsdp2": True, "checkpointing": False} | changed
     with torch.device("meta"):
         mixture = build_tiny("qwen3_moe")
         mixture.dense = torch.nn.Linear(given["hidden"], 16_000, bias=False)  # of fp32
     accelerator: Any = SimpleNamespace(
         device=given["device"],
+        is_fsdp2=given["fsdp2"],
         num_processes=8,
         mixed_precision=given["mixed_precision"],
         parallelism_config=SimpleNamespace(ep_size=given["ep_size"]),
         state=SimpleNamespace(
-            fsdp_plugin=SimpleNamespace(auto_wrap_policy=given["policy"], cpu_offload=given["offload"])
+            fsdp_plugin=SimpleNamespace(
+                auto_wrap_policy=given["policy"],
+                cpu_offload=given["offload"],
+                activation_checkpointing=given["checkpointing"],
+            )
         ),
     )
     lines = plugin.told_of_wrapping(mixture, experts.find_experts(mixture), accelerator)
