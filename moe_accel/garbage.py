@@ -12,7 +12,8 @@ import gc
 
 
 def set_aside() -> None:
-    """Collect once more, and then leave alone what is there now."""
+    """Collect once more, what was set aside before, too, and then leave alone what is there now."""
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
 

@@ -70,12 +70,12 @@ def _prepare(original: Callable) -> Callable:
     """Around `Accelerator.prepare`."""
 
     def prepare(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        models = [each for each in args if isinstance(each, nn.Module)]
         if self in _installed:
-            models = [each for each in args if isinstance(each, nn.Module)]
             swap_all(self, models)
             read_whole_models(self, models)
         prepared = original(self, *args, **kwargs)
-        if self in _installed and self.num_processes > 1:
+        if self in _installed and self.num_processes > 1 and models:
             garbage.set_aside()
         return prepared
 
@@ -291,14 +291,14 @@ def told_of_wrapping(model: nn.Module, found: list[tuple[str, Any]], accelerator
         return []
     config: Any = accelerator.parallelism_config
     plugin: Any = accelerator.state.fsdp_plugin
-    if plugin.auto_wrap_policy is None:
+    if not kept.knows_layers(model, plugin):
         by_transformers = (
             "activation_checkpointing by transformers: accelerate knows no layers without an auto-wrap policy"
         )
         return [by_transformers] if plugin.activation_checkpointing else []
     if accelerator.device.type != "cuda" or not config.ep_size == accelerator.num_processes > 1:
         return []
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.activation_checkpointing_offload:
         return []
     of_experts = {parameter for _, module in found for _, parameter in experts.stacked_parameters(module)}
     sizes = [(each.numel(), each.itemsize) for each in model.parameters() if each not in of_experts]

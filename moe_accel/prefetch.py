@@ -11,13 +11,8 @@ host that runs ahead does not help. The lists turn that around:
 
 An all-gather asked for twice is made once, one that nobody came for is dropped at the end of backward. The price is
 memory: in backward two layers' experts are there at once.
-
-Where layers are no FSDP modules (`fsdp_auto_wrap_policy: NO_WRAP`), all but the experts is there from the start, and in
-forward experts ask for the next layer's; FSDP2's own order in backward is right then.
 """
 
-import re
-from itertools import chain, pairwise
 from typing import Any
 
 from torch import nn
@@ -27,20 +22,12 @@ from moe_accel.experts import is_decorated
 
 
 def prefetch_experts(model: nn.Module) -> None:
-    """Set the lists of all layers that FSDP2 shards, or of the experts where it shards no layer.
+    """Set the lists of all layers that FSDP2 shards.
 
     Args:
         model: sharded by FSDP2, the experts on a mesh of their own.
     """
-    lists = layer_lists(model)
-    if not lists:
-        apart: dict[str, list[Any]] = {}  # by the list that their layers are in
-        for name, module in model.named_modules():
-            if _is_apart(module):
-                apart.setdefault(re.split(r"\.\d+\.", name)[0], []).append(module)
-        for experts, following in chain.from_iterable(map(pairwise, apart.values())):
-            experts.set_modules_to_forward_prefetch([following])
-    for layers in lists:
+    for layers in layer_lists(model):
         inside = [[each for each in layer.modules() if _is_apart(each)] for layer in layers]
         for at, layer in enumerate(layers):
             layer.set_modules_to_forward_prefetch([*inside[at], *layers[at + 1 : at + 2]])

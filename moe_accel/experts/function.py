@@ -188,6 +188,9 @@ def _compute(
     if settings.apart and torch.is_grad_enabled():
         _join(module, settings)
     ep = settings.ep_rank, settings.ep_size
+    for name, place in list(settings.joined.items()):
+        if not place.is_of(module, name):  # a copy of the experts that nobody uses
+            del settings.joined[name]
     joined = settings.joined if settings.joined and why_not_gated(module) is None else {}
     up, down = (factors(module, name, *ep, joined, settings.dtype) for name in projections(module))
     if settings.kernels == "reference" or routing is None:

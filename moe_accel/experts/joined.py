@@ -63,12 +63,16 @@ class Joined:
 
     def leave(self, module: Any, name: str) -> bool:
         """Give the parameter memory of its own again; False where it has that already."""
-        parameter: nn.Parameter = getattr(module, name)
-        matrix = _memory(parameter) if module.is_transposed else _memory(parameter).transpose(1, 2)
-        if _where(matrix) != self._where:
+        if not self.is_of(module, name):
             return False
+        parameter: nn.Parameter = getattr(module, name)
         _move(parameter, _memory(parameter).contiguous())
         return True
+
+    def is_of(self, module: Any, name: str) -> bool:
+        """Whether a parameter still lies here: nobody moved or replaced it."""
+        memory = _memory(getattr(module, name))
+        return _where(memory if module.is_transposed else memory.transpose(1, 2)) == self._where
 
     def holds(self, matrix: Tensor, rank: int, dtype: torch.dtype) -> bool:
         """Whether these weights are still the ones here, and an adapter of this padded rank and dtype has its place."""

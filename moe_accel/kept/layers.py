@@ -121,11 +121,13 @@ def _fsdp2_apply_ac(original: Callable) -> Callable:
     """Around the `fsdp2_apply_ac` that `Accelerator.prepare` calls: it wraps layers, or parts of them."""
 
     def fsdp2_apply_ac(accelerator: Any, model: nn.Module) -> nn.Module:
-        chosen: Any = next((each for each in model.modules() if CHOSEN in vars(each)), None)
-        if chosen is None:
-            chosen = _unwrappable(model, accelerator.state.fsdp_plugin)
-        if chosen is not None:  # transformers does the same by a flag of each layer, which can be switched
-            chosen.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        plugin = accelerator.state.fsdp_plugin
+        chosen = [each for each in model.modules() if CHOSEN in vars(each)]
+        if not chosen and not knows_layers(model, plugin):
+            chosen = _unwrappable(model, plugin)
+        for each in chosen:
+            _checkpoint(each)
+        if chosen:
             return model
         model = original(accelerator, model)
         unwrap_kept(model)
@@ -134,20 +136,41 @@ def _fsdp2_apply_ac(original: Callable) -> Callable:
     return fsdp2_apply_ac
 
 
-def _unwrappable(model: nn.Module, fsdp_plugin: Any) -> Any:
-    """The model whose layers accelerate cannot wrap: without an auto-wrap policy it does not know them, and fails.
+def _checkpoint(model: Any) -> None:
+    """Let transformers checkpoint the layers of one of its models: by a flag of each, which can be switched.
+
+    It also lets the embeddings' output require a gradient, which only reentrant checkpointing needs: frozen layers
+    would be computed twice.
+    """
+    had_hooks = bool(getattr(model, "_require_grads_hooks", None))
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if not had_hooks:
+        model.disable_input_require_grads()
+
+
+def knows_layers(model: nn.Module, fsdp_plugin: Any) -> bool:
+    """Whether accelerate knows layers to wrap: not without an auto-wrap policy, nor with one that is not its own."""
+    return fsdp2_prepare_auto_wrap_policy(fsdp_plugin, model) is not None
+
+
+def _unwrappable(model: nn.Module, fsdp_plugin: Any) -> list[Any]:
+    """The mixtures of experts of transformers in a model, outermost; none of a model without experts, where accelerate
+    fails for want of layers to wrap.
 
     Raises:
         ConfigError: accelerate is to offload what is checkpointed, too, which transformers does not.
     """
-    if fsdp2_prepare_auto_wrap_policy(fsdp_plugin, model) is not None or not any(map(is_decorated, model.modules())):
-        return None
-    if fsdp_plugin.activation_checkpointing_offload:
+    found: list[Any] = []
+    for each in model.modules():  # what holds another comes before it
+        inside = any(each is part for outer in found for part in outer.modules())
+        if isinstance(each, PreTrainedModel) and not inside and any(map(is_decorated, each.modules())):
+            found.append(each)
+    if found and fsdp_plugin.activation_checkpointing_offload:
         raise ConfigError(
             "activation_checkpointing_offload needs an auto-wrap policy of layers, and NO_WRAP, the default, is none",
             "fsdp_config: without activation_checkpointing_offload, or fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP",
         )
-    return next(each for each in model.modules() if isinstance(each, PreTrainedModel))
+    return found
 
 
 def unwrap_kept(model: nn.Module) -> None:

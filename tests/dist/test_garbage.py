@@ -55,6 +55,27 @@ def test_on_ranks_what_is_there_after_prepare_is_set_aside_until_memory_is_freed
         assert at_last
 
 
+def again() -> list[bool]:
+    """Whether objects of an earlier prepare() that refer to each other are gone after the next, which `free_memory`
+    did not come before; and whether one without a model, as at evaluations, sets nothing aside."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    knot, freed = Knot(), []
+    for _ in range(2):
+        model = training.initial_model(JOB)
+        accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        freed.append(weakref.ref(knot))
+        knot = Knot()
+    gc.unfreeze()
+    accelerator.prepare(torch.utils.data.DataLoader([0, 1]))  # pyright: ignore[reportArgumentType]
+    return [freed[0]() is None, gc.get_freeze_count() == 0]
+
+
+def test_what_an_earlier_prepare_set_aside_is_looked_at_again():
+    assert run_ranks(again, 2, with_moe_config(ep_size=2)) == [[True, True]] * 2
+
+
 def test_alone_and_without_moe_accel_nothing_is_set_aside():
     found = [*run_ranks(prepared, 2, STOCK_FSDP2), run_alone(prepared, alone=True)]
     assert [(is_set_aside, by_collecting) for is_set_aside, _, by_collecting, _ in found] == [(False, True)] * 3

@@ -119,6 +119,8 @@ def test_weights_that_are_elsewhere_now_are_computed_beside(how, everywhere, use
     expected = training(model, "qwen3_moe")
     assert_same(training(ours, "qwen3_moe"), expected)
     assert not all(used)
+    left = {"replaced": {"gate_up_proj"}, "moved": set(), "rank": {"gate_up_proj", "down_proj"}}[how]
+    assert all(each.joined.keys() == left for each in settings(ours)), "memory that no weight lies in any more"
 
 
 def test_weights_and_saved_files_have_the_same_bits(everywhere, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from moe_accel import MoEConfig, kept, plugin
 from moe_accel.errors import ConfigError
@@ -123,6 +124,29 @@ def test_without_an_auto_wrap_policy_transformers_checkpoints(monkeypatch, num_k
     assert accelerate.accelerator.fsdp2_apply_ac(accelerator, model) is model
     assert list(model.state_dict()) == names
     assert times_computed(model) == ([2, 2, 1] if num_kept else [2, 2, 2])
+
+
+def test_without_an_auto_wrap_policy_frozen_layers_are_computed_once(monkeypatch):
+    """transformers lets the embeddings' output require a gradient, which only reentrant checkpointing needs."""
+    model = three_layers()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.2" in name)
+    accelerator, _ = fsdp(monkeypatch, auto_wrap_policy="no_wrap")
+    accelerate.accelerator.fsdp2_apply_ac(accelerator, model)
+    assert times_computed(model) == [1, 1, 2]
+
+
+def test_without_an_auto_wrap_policy_the_mixture_is_checkpointed_wherever_it_is(monkeypatch):
+    accelerator, made = fsdp(monkeypatch, auto_wrap_policy="no_wrap")
+    dense = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=1, hidden_size=8, intermediate_size=8, vocab_size=8))
+    both = torch.nn.ModuleDict({"dense": dense, "mixture": three_layers()})
+    accelerate.accelerator.fsdp2_apply_ac(accelerator, both)
+    assert not dense.is_gradient_checkpointing
+    assert both["mixture"].is_gradient_checkpointing
+    made.auto_wrap_policy = lambda **_: False  # of somebody's own: accelerate takes it for none
+    model = three_layers()
+    accelerate.accelerator.fsdp2_apply_ac(accelerator, model)
+    assert model.is_gradient_checkpointing
 
 
 def test_without_an_auto_wrap_policy_what_is_offloaded_is_refused_and_a_dense_model_is_accelerates(monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from moe_accel import experts, plugin
 from moe_accel.report import Choice, Report, say, short
@@ -87,6 +88,8 @@ def test_a_count_has_three_digits_and_a_unit(number, text):
         ({"hidden": 140_000}, None),
         ({"fsdp2": False, "policy": None, "checkpointing": True}, None),
         ({"policy": None, "checkpointing": True, "ep_size": 4}, "activation_checkpointing by transformers"),
+        ({"policy": torch.nn.Module, "checkpointing": True}, "activation_checkpointing by transformers"),
+        ({"checkpointing": True, "offloads_checkpoints": True}, None),
     ],
     ids=[
         "fp32",
@@ -98,11 +101,14 @@ def test_a_count_has_three_digits_and_a_unit(number, text):
         "much-to-gather",
         "no-fsdp2",
         "checkpointing",
+        "own-policy",
+        "checkpoints-offloaded",
     ],
 )
 def test_what_is_gathered_and_checkpointed_by_layers_is_told(changed, told):
-    given = {"ep_size": 8, "policy": torch.nn.Module, "offload": None, "hidden": 15_625, "mixed_precision": "no"}
-    given |= {"device": torch.device("cuda"), "fsdp2": True, "checkpointing": False} | changed
+    given = {"ep_size": 8, "policy": transformer_auto_wrap_policy, "offload": None, "offloads_checkpoints": False}
+    given |= {"device": torch.device("cuda"), "fsdp2": True, "checkpointing": False, "mixed_precision": "no"}
+    given |= {"hidden": 15_625} | changed
     with torch.device("meta"):
         mixture = build_tiny("qwen3_moe")
         mixture.dense = torch.nn.Linear(given["hidden"], 16_000, bias=False)  # of fp32
@@ -117,6 +123,8 @@ def test_what_is_gathered_and_checkpointed_by_layers_is_told(changed, told):
                 auto_wrap_policy=given["policy"],
                 cpu_offload=given["offload"],
                 activation_checkpointing=given["checkpointing"],
+                activation_checkpointing_offload=given["offloads_checkpoints"],
+                transformer_cls_names_to_wrap=None,
             )
         ),
     )
