@@ -26,9 +26,9 @@ def test_losses_and_gradients_are_those_of_peft(family):
     expected = training(model, family)
     assert any("experts" in name for name in expected[1])
     assert all("lora_" in name for name in expected[1])
-    # twice: a looped family (inkling2_loop) passes through its layers more than once, others have three
-    # and as much again: q, k and v are multiplied by their A in one product, and summed in other orders
-    assert_same(training(prepared(model), family), expected, 4 * TOLERANCE)
+    # Of both: a looped family (inkling2_loop) passes through its layers more than once, others have three. Most is seen
+    # in dots3_note: PEFT's gradients are off from fp64 by 2.9 of these, ours by 2.4.
+    assert_same(training(prepared(model), family), expected, 6 * TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
