@@ -16,7 +16,7 @@ class Layout(StrEnum):
 
 
 class ModelLayout(StrEnum):
-    """The layouts that `merge --to` writes."""
+    """The layouts that `merge --to` writes. A type checker reads no enumeration that is made of another."""
 
     stacked = "stacked"
     per_expert = "per-expert"

@@ -301,9 +301,9 @@ def told_of_wrapping(model: nn.Module, found: list[tuple[str, Any]], accelerator
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.activation_checkpointing_offload:
         return []
     of_experts = {parameter for _, module in found for _, parameter in experts.stacked_parameters(module)}
-    sizes = [(each.numel(), each.itemsize) for each in model.parameters() if each not in of_experts]
     computed = None if accelerator.mixed_precision == "no" else 2
-    gathered = sum(number * (computed or size) for number, size in sizes)
+    others = (each for each in model.parameters() if each not in of_experts)
+    gathered = sum(each.numel() * (computed or each.itemsize) for each in others)
     if gathered > GATHERED_BYTES:
         return []
     at_once = f"would gather all but the experts, {gathered / 1e9:.1f} GB, at once and not layer by layer"

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_accel.errors import UnsupportedModelError
 from moe_accel.experts.joined import Joined
-from moe_accel.experts.weights import local, projections
+from moe_accel.experts.weights import projections
 from moe_accel.kernels.device import autocast_dtype
 from moe_accel.swap import become
 
@@ -198,12 +198,11 @@ def factors(
     for name in names:
         given += [wrapper.lora_A[name].weight, wrapper.lora_B[name].weight]
     count = module.num_experts // ep_size
-    here = slice(ep_rank * count, (ep_rank + 1) * count)
-    source = Source(given, [wrapper.scaling[name] for name in names], module.num_experts, here)
+    local = slice(ep_rank * count, (ep_rank + 1) * count)
+    source = Source(given, [wrapper.scaling[name] for name in names], module.num_experts, local)
     place = joined.get(parameter)
-    if place is not None:
-        matrix = local(weight) if module.is_transposed else local(weight).transpose(1, 2)
-        place = place if place.holds(matrix, source.padded, of_factors) else None
+    if place is not None and not place.has_room(source.padded, of_factors):
+        place = None
     a, b = _Factors.apply(of_factors, ep_size, source, place, *given)  # pyright: ignore[reportGeneralTypeIssues]
     return Factors(a, b, place, source)
 

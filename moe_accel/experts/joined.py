@@ -71,12 +71,11 @@ class Joined:
 
     def is_of(self, module: Any, name: str) -> bool:
         """Whether a parameter still lies here: nobody moved or replaced it."""
-        memory = _memory(getattr(module, name))
-        return _where(memory if module.is_transposed else memory.transpose(1, 2)) == self._where
+        return _where(_turned(module, _memory(getattr(module, name)))) == self._where
 
-    def holds(self, matrix: Tensor, rank: int, dtype: torch.dtype) -> bool:
-        """Whether these weights are still the ones here, and an adapter of this padded rank and dtype has its place."""
-        return rank == self.rank and dtype == self.whole.dtype and _where(matrix) == self._where
+    def has_room(self, rank: int, dtype: torch.dtype) -> bool:
+        """Whether an adapter of this padded rank and dtype has its place here."""
+        return rank == self.rank and dtype == self.whole.dtype
 
     def hold(self, source: Any) -> None:
         """Have the A and B of a `Source` beside the weights."""
@@ -107,6 +106,11 @@ def _move(parameter: Any, memory: Tensor) -> None:
         parameter._local_tensor = memory
     else:
         parameter.data = memory
+
+
+def _turned(module: Any, tensor: Tensor) -> Tensor:
+    """From a parameter's own orientation to [e,A,B], or back: a view."""
+    return tensor if module.is_transposed else tensor.transpose(1, 2)
 
 
 def _where(matrix: Tensor) -> tuple[Any, ...]:
@@ -175,10 +179,10 @@ def join(module: Any, name: str, rank: int) -> Joined | None:
     memory = _memory(parameter)
     if _is_gathered(module, parameter) or parameter.requires_grad or not memory.is_contiguous():
         return None
-    matrix = memory if module.is_transposed else memory.transpose(1, 2)
+    matrix = _turned(module, memory)
     rows = torch.empty(0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     if not takes_torch_grouped_mm(rows, matrix):
         return None
     joined = Joined(matrix, rank)
-    _move(parameter, joined.matrix if module.is_transposed else joined.matrix.transpose(1, 2))
+    _move(parameter, _turned(module, joined.matrix))
     return joined

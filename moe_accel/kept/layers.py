@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_accel.errors import ConfigError
-from moe_accel.experts import is_decorated, settings_of
+from moe_accel.experts import has_experts, is_decorated, settings_of
 from moe_accel.hooks import wrap
 
 _MARK = "_moe_accel_kept"
@@ -160,11 +160,9 @@ def _unwrappable(model: nn.Module, fsdp_plugin: Any) -> list[Any]:
     Raises:
         ConfigError: accelerate is to offload what is checkpointed, too, which transformers does not.
     """
-    found: list[Any] = []
-    for each in model.modules():  # what holds another comes before it
-        inside = any(each is part for outer in found for part in outer.modules())
-        if isinstance(each, PreTrainedModel) and not inside and any(map(is_decorated, each.modules())):
-            found.append(each)
+    mixtures = [each for each in model.modules() if isinstance(each, PreTrainedModel) and has_experts(each)]
+    inner = {part for each in mixtures for part in each.modules() if part is not each}
+    found = [each for each in mixtures if each not in inner]
     if found and fsdp_plugin.activation_checkpointing_offload:
         raise ConfigError(
             "activation_checkpointing_offload needs an auto-wrap policy of layers, and NO_WRAP, the default, is none",

@@ -1,6 +1,7 @@
 """What "the same training" means, in numbers: the comparison of a run on ranks with one process."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -39,8 +40,13 @@ def train_on_ranks(job: Job, ep_size: int | None, variables: dict[str, str] | No
     assert ("ep" in whole.experts_mesh) == (ep_size not in (None, 1)), whole.experts_mesh
     norms = torch.tensor([rank.norms for rank in ranks])
     assert torch.allclose(norms, norms[0].expand_as(norms), rtol=1e-6, atol=0), f"ranks clip by other norms: {norms}"
-    losses = [sum(losses) / num_ranks for losses in zip(*(rank.losses for rank in ranks), strict=True)]
-    return dataclasses.replace(whole, losses=losses)
+    return as_one(ranks)
+
+
+def as_one(ranks: Sequence[Trained]) -> Trained:
+    """What ranks trained, seen as a whole: mean losses, and what rank 0 gathered."""
+    losses = [sum(losses) / len(ranks) for losses in zip(*(rank.losses for rank in ranks), strict=True)]
+    return dataclasses.replace(ranks[0], losses=losses)
 
 
 def assert_same_training(tried: Trained, truth: Trained, job: Job) -> None:

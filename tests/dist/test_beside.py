@@ -3,7 +3,6 @@
 `test_parity_families` has more families and sizes; here it is made sure that calls were moved, and how many.
 """
 
-import dataclasses
 import subprocess
 import sys
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tests.dist import training
-from tests.dist.parity import TOLERANCE, assert_same_gradients, assert_same_training
+from tests.dist.parity import TOLERANCE, as_one, assert_same_gradients, assert_same_training
 from tests.dist.ranks import ROOT, run_ranks, with_moe_config
 from tests.dist.training import Job, Trained, reference
 
@@ -74,8 +73,7 @@ def test_training_is_that_of_one_process(job, how):
     forwards = 2 * job.num_steps  # of two layers
     recomputed = forwards if by_fsdp == "true" or "gradient_checkpointing" in how else 0
     assert [moved for _, moved in ranks] == [forwards + recomputed] * len(ranks)
-    losses = [sum(each) / len(ranks) for each in zip(*(rank.losses for rank, _ in ranks), strict=True)]
-    tried, truth = dataclasses.replace(ranks[0][0], losses=losses), reference(job)
+    tried, truth = as_one([rank for rank, _ in ranks]), reference(job)
     if job.lora is None:
         return assert_same_training(tried, truth, job)
     assert tried.losses[0] == pytest.approx(truth.losses[0], rel=TOLERANCE)

@@ -6,22 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from tests.dist import training
-from tests.dist.parity import assert_same_training
+from tests.dist.parity import as_one, assert_same_training
 from tests.dist.ranks import run_ranks, with_moe_config
-from tests.dist.training import Job, Trained, reference
+from tests.dist.training import LORA, Job, Trained, reference
 from tests.families import experts_modules
 
-LORA = (
-    ("r", 3),
-    ("lora_alpha", 7),
-    ("target_modules", ("q_proj", "o_proj")),
-    ("target_parameters", ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
-)
-TWO_RANKS = (training.SEQUENCE,) * 2
-JOB = Job(lora=LORA, lengths=TWO_RANKS)
+JOB = Job(lora=LORA, lengths=(training.SEQUENCE,) * 2)
 
 
 def before_fork(job: Job = JOB, **_: Any) -> None:
@@ -30,17 +22,12 @@ def before_fork(job: Job = JOB, **_: Any) -> None:
 
 
 def everywhere() -> list[bool]:
-    """Join on the CPU, too; of every product of rows with a projection that has an adapter, whether one GEMM did both."""
+    """Join on the CPU, too; what `noting` notes."""
     from moe_accel.experts import joined
+    from tests.unit.expert_adapters import noting
 
-    found, product = [], joined.Projection.product
-
-    def noting(self: Any, rows: Any, low: Any, ends: Any) -> Any:
-        if self.a is not None:
-            found.append(self.whole is not None)
-        return product(self, rows, low, ends)
-
-    joined.Projection.product = noting  # in a process of its own
+    found: list[bool] = []
+    joined.Projection.product = noting(joined.Projection.product, found)  # in a process of its own
     joined.takes_torch_grouped_mm = lambda *_: True
     return found
 
@@ -53,8 +40,7 @@ def on_ranks(job: Job, **how: Any) -> tuple[Trained, list[bool]]:
 def trained(job: Job, ep_size: int, variables: dict[str, str] | None = None, **how: Any) -> tuple[Trained, list[bool]]:
     environment = with_moe_config(ep_size=ep_size) | (variables or {})
     ranks = run_ranks(on_ranks, len(job.lengths), environment, job=job, **how)
-    losses = [sum(each) / len(ranks) for each in zip(*(rank.losses for rank, _ in ranks), strict=True)]
-    return dataclasses.replace(ranks[0][0], losses=losses), [each for _, used in ranks for each in used]
+    return as_one([rank for rank, _ in ranks]), [each for _, used in ranks for each in used]
 
 
 @pytest.mark.parametrize(
@@ -95,42 +81,41 @@ def saved_and_read(folder: Path) -> tuple[bool, list[str]]:
     has other bits of than the model had."""
     from accelerate import Accelerator
 
+    from moe_accel.experts.weights import local
+
     used = everywhere()
     accelerator = Accelerator()
     model = training.initial_model(JOB)
-    before = {name: each.detach().clone() for name, each in model.state_dict().items() if "lora_" not in name}
+    before = _base(model)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
 
     def step() -> tuple[float, list[torch.Tensor]]:
         loss = next(training.losses_of(JOB, model, 0, accelerator.process_index))
         accelerator.backward(loss)
-        gradients = [_local(each.grad).clone() for each in model.parameters() if each.grad is not None]
+        gradients = [local(each.grad).clone() for each in model.parameters() if each.grad is not None]
         optimizer.zero_grad()
         return loss.item(), gradients
 
     first = step()
     accelerator.save_state(str(folder / "state"))
     modules: list[Any] = [module for _, module in experts_modules(model)]
-    whole = all(_local(module.down_proj).is_contiguous() for module in modules)
+    whole = all(local(module.down_proj).is_contiguous() for module in modules)
     with torch.no_grad():
         for parameter in model.parameters():
-            _local(parameter).zero_()
+            local(parameter).zero_()
     accelerator.load_state(str(folder / "state"))
     used.clear()
     again = step()
-    joined_again = bool(used) and all(used) and not any(_local(module.down_proj).is_contiguous() for module in modules)
+    joined_again = bool(used) and all(used) and not any(local(module.down_proj).is_contiguous() for module in modules)
     same = first[0] == again[0] and all(map(torch.equal, first[1], again[1]))
-    found = {name: _whole(each) for name, each in model.state_dict().items() if "lora_" not in name}
+    found = _base(model)
     assert found.keys() == before.keys()
     return whole and joined_again and same, [name for name in before if not torch.equal(found[name], before[name])]
 
 
-def _local(tensor: Any) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole(tensor: Any) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _base(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of all but adapters, whole."""
+    return training.whole({name: each for name, each in model.state_dict().items() if "lora_" not in name})
 
 
 def test_weights_leave_for_a_state_dict_and_are_joined_again(tmp_path):

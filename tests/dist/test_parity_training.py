@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tests.dist.parity import assert_same_training, train_on_ranks
-from tests.dist.training import Job, reference
+from tests.dist.training import LORA, Job, reference
 
 BOTH = pytest.mark.parametrize("ep_size", [2, pytest.param(4, marks=pytest.mark.slow)], ids=["ep2", "ep4"])
 
@@ -168,12 +168,6 @@ def test_with_kernels_asked_for(kernels):
     assert_parity(FREE, 2, moe_config={"kernels": kernels})
 
 
-LORA = (
-    ("r", 3),
-    ("lora_alpha", 7),
-    ("target_modules", ("q_proj", "o_proj")),
-    ("target_parameters", ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
-)
 WITH_LORA = Job(lora=LORA)
 LORA_EMPTY_EXPERTS = dataclasses.replace(EMPTY_EXPERTS, lora=LORA)
 
@@ -226,7 +220,7 @@ ONE_GROUP = {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
 )
 @BOTH
 def test_with_all_but_the_experts_in_one_group(job, how, ep_size):
-    """Without an auto-wrap policy, FSDP2 gathers all that it shards at once, and experts that it shards by themselves."""
+    """Without an auto-wrap policy, FSDP2 gathers all that it shards at once, but experts that ranks share."""
     how = dict(how)
     assert_parity(job, ep_size, ONE_GROUP | how.pop("variables", {}), **how)
 

@@ -18,6 +18,14 @@ from torch.distributed.tensor import DTensor
 from tests.dist.ranks import run_alone
 from tests.families import build_tiny, experts_modules, model_class, randomise, tiny_inputs, tiny_loss
 
+LORA = (
+    ("r", 3),
+    ("lora_alpha", 7),
+    ("target_modules", ("q_proj", "o_proj")),
+    ("target_parameters", ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
+)
+"""Of attention and experts; no rank that kernels like."""
+
 NUM_RANKS = 4
 NUM_SEQUENCES = 2
 SEQUENCE = 13
@@ -162,7 +170,7 @@ def alone(job: Job) -> Trained:
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
-    return Trained(losses, gradients, norms, _whole(model.state_dict()), num_tokens)
+    return Trained(losses, gradients, norms, whole(model.state_dict()), num_tokens)
 
 
 def _count_tokens(model: nn.Module) -> list[int]:
@@ -236,7 +244,7 @@ def on_ranks(
                     norms.append(accelerator.clip_grad_norm_(model.parameters(), MAX_NORM).item())
                 optimizer.step()
                 optimizer.zero_grad()
-    weights = _whole(model.state_dict())
+    weights = whole(model.state_dict())
     if rank > 0:
         return Trained(losses, {}, norms, {})
     function, mesh = _experts_of(model)
@@ -261,15 +269,15 @@ def failure_of(job: Job, **how: Any) -> tuple[str, str]:
 
 
 def _whole_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
-    return _whole({name: parameter.grad for name, parameter in model.named_parameters()})
+    return whole({name: parameter.grad for name, parameter in model.named_parameters()})
 
 
-def _whole(tensors: dict[str, Any]) -> dict[str, Any]:
+def whole(tensors: dict[str, Any]) -> dict[str, Any]:
     """Copies of the tensors, gathered from all ranks, under the names that transformers gives them."""
-    whole = {}
+    found = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-        whole[name] = None if tensor is None else tensor.detach().clone()
-    return whole
+        found[name] = None if tensor is None else tensor.detach().clone()
+    return found

@@ -129,16 +129,16 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
     """What an earlier call left, or an empty report."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     if not args.out.exists():
-        return {"schema": SCHEMA, "commands": [command()], "settings": settings, "rows": {}}
+        return {"schema": SCHEMA, "commands": [this_call()], "settings": settings, "rows": {}}
     state = json.loads(args.out.read_text())
     if state.get("settings") != settings:
         sys.exit(f"{args.out} is of {state.get('settings')}, and this call of {settings}: choose another --out")
-    state["commands"].append(command())
+    state["commands"].append(this_call())
     return state
 
 
-def command() -> str:
-    """This call, as it was asked for."""
+def this_call() -> str:
+    """As it was asked for."""
     return shlex.join(["python", "-m", "tests.gpu.several", *sys.argv[1:]])
 
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from moe_accel.bench import flops, routing, suites
 from moe_accel.bench.measure import GIB
 from moe_accel.bench.options import Case
+from moe_accel.dispatch import deepep
 from moe_accel.ranks import gather
 from tests.gpu.several_cases import DEEPEP, is_mixed
 
@@ -152,7 +153,7 @@ def check_arm(job: Job) -> None:
             raise Skip("DeepEP needs a GPU")
         import deep_ep  # pyright: ignore[reportMissingImports]
 
-        name = {"buffer": "Buffer", "elastic": "ElasticBuffer"}[DEEPEP[job.arm]]
+        name = deepep.KINDS[DEEPEP[job.arm]]
         if not hasattr(deep_ep, name):
             raise Skip(f"the deep_ep that is installed has no {name}")
     if job.arm == "native_ep":

@@ -28,6 +28,17 @@ def prepared(model, kernels="auto"):
     return Accelerator(parallelism_config=MoEConfig(kernels=kernels)).prepare(model)
 
 
+def noting(product, found):
+    """`Projection.product` that tells `found`, where the projection has an adapter, whether one GEMM did both."""
+
+    def noted(self, rows, low, ends):
+        if self.a is not None:
+            found.append(self.whole is not None)
+        return product(self, rows, low, ends)
+
+    return noted
+
+
 def training(model, family):
     """Loss, and gradient of every parameter that has one."""
     loss = tiny_loss(model, tiny_inputs(family))

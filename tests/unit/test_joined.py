@@ -15,7 +15,7 @@ from moe_accel.experts import gated, joined
 from moe_accel.experts.joined import Joined, Projection
 from moe_accel.kernels.grouped import TORCH
 from tests.families import build_tiny, experts_modules, randomise, tiny_inputs, tiny_loss
-from tests.unit.expert_adapters import adapted, assert_same, prepared, training
+from tests.unit.expert_adapters import adapted, assert_same, noting, prepared, training
 
 pytestmark = pytest.mark.usefixtures("new_accelerate_state")
 
@@ -33,14 +33,8 @@ def settings(model):
 @pytest.fixture
 def used(monkeypatch):
     """For every product of rows with a projection that has an adapter: whether one GEMM did both."""
-    found, product = [], Projection.product
-
-    def noting(self, rows, low, ends):
-        if self.a is not None:
-            found.append(self.whole is not None)
-        return product(self, rows, low, ends)
-
-    monkeypatch.setattr(Projection, "product", noting)
+    found = []
+    monkeypatch.setattr(Projection, "product", noting(Projection.product, found))
     return found
 
 
