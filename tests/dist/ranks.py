@@ -28,7 +28,7 @@ STOCK_FSDP2 = FSDP2
 
 
 CRASHES = ("SIGSEGV", "SIGABRT")
-"""How gloo ends a process, about once in a thousand runs, by freeing a buffer twice in a thread of its own (the stack is
+"""How gloo ends a process, about once in a thousand runs, by freeing a buffer twice in a thread of its own (the stack:
 AsyncAllgatherCoalescedWork, ~AllgatherOptions, ~UnboundBuffer; torch 2.13, stock accelerate too)."""
 
 

@@ -1,4 +1,4 @@
-"""`async_save`: states written while training goes on are those of their step, and a write that fails spoils nothing."""
+"""`async_save`: states written while training goes on are those of their step, and a failed write spoils nothing."""
 
 import functools
 import re
@@ -25,7 +25,7 @@ from tests.dist.test_resume import (
 from tests.families import build_tiny
 
 
-def test_what_is_written_while_training_goes_on_is_the_state_of_its_step(uninterrupted, tmp_path):
+def test_what_is_written_while_training_goes_on_is_the_state_of_its_step(uninterrupted, tmp_path):  # noqa: F811
     run, _ = uninterrupted(EP2, "SHARDED", "qwen3_moe")
     folder, options = tmp_path / "state", {"async_save": True}
     late = spread(
@@ -38,7 +38,7 @@ def test_what_is_written_while_training_goes_on_is_the_state_of_its_step(uninter
 
 
 def failed_write(family: str, folder: Path, victim: int) -> tuple[str, list[bool]]:
-    """Save two states, the writing of the second of which fails on one rank: what the next save says, and what is there."""
+    """Save two states; writing the second fails on one rank: what the next save says, and what is there."""
     from accelerate import Accelerator
 
     dcp: Any = torch.distributed.checkpoint

@@ -30,10 +30,10 @@ def chosen(
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     fake_deep_ep.install(kind)
-    mock.patch.object(deepep, "problem", lambda device: problems[rank]).start()
+    mock.patch.object(deepep, "problem", return_value=problems[rank]).start()
     found = [topology.Place(host, f"GPU-{at}", at) for at, host in enumerate(hosts)]
-    mock.patch.object(topology, "places", lambda group, device: found).start()
-    mock.patch.object(topology, "link", lambda one, other: links[rank]).start()
+    mock.patch.object(topology, "places", return_value=found).start()
+    mock.patch.object(topology, "link", return_value=links[rank]).start()
     measured = dict(zip(("alltoall", "deepep"), times[rank], strict=True))
     mock.patch.object(choose, "round_trip_ms", lambda dispatcher, *_: measured[dispatcher.name]).start()
     if fails == rank:

@@ -1,4 +1,4 @@
-"""`kept_layers: auto` on ranks: all keep the same layers, what the rank with least room can, and train as one process."""
+"""`kept_layers: auto` on ranks: all keep the same, what the rank with least room can, and train as one process."""
 
 from typing import Any
 

@@ -76,7 +76,9 @@ def train(in_own_order: bool, gradient_checkpointing: str | None) -> Trained:
     return training.on_ranks(JOB, gradient_checkpointing=gradient_checkpointing)
 
 
-@pytest.mark.parametrize("how", [None, "fsdp", *(pytest.param(f"{n}reentrant", marks=pytest.mark.slow) for n in ("", "non-"))])
+@pytest.mark.parametrize(
+    "how", [None, "fsdp", *(pytest.param(f"{n}reentrant", marks=pytest.mark.slow) for n in ("", "non-"))]
+)
 def test_training_is_the_same_bit_for_bit_as_in_fsdps_own_order(how):
     environment = with_moe_config(ep_size=2) | {"FSDP_ACTIVATION_CHECKPOINTING": str(how == "fsdp").lower()}
     by_transformers = None if how == "fsdp" else how

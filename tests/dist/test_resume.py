@@ -1,7 +1,8 @@
 """Training goes on after `save_state` and `load_state` as if it had never stopped, whatever `ep_size` each part has.
 
 An uninterrupted run of five steps saves its state after the second. Another run, of other weights, loads it and does
-the last three steps: same losses, norms and weights; with dropout too, for which every rank has to get its random state back.
+the last three steps: same losses, norms and weights; with dropout too, for which every rank has to get its random
+state back.
 """
 
 import dataclasses

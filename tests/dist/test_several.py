@@ -1,4 +1,4 @@
-"""The measurement on several GPUs, on the CPU: a case of it, what counts as agreement, and that it can be interrupted."""
+"""The measurement on several GPUs, on the CPU: a case, what counts as agreement, and that it can be interrupted."""
 
 import json
 import math

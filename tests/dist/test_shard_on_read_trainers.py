@@ -1,4 +1,4 @@
-"""Trainer, SFTTrainer and PEFT train a model that stays in its files until they prepare it, as one that was loaded whole.
+"""Trainer, SFTTrainer and PEFT train a model that stays in its files until they prepare it as one loaded whole.
 
 The truth is the same script in one process with plain transformers, on a batch as large as that of both ranks.
 """

@@ -84,7 +84,7 @@ def _wait(ranks: dict[int, int], folder: Path, deadline: float, pipe: Connection
 
 
 def _how_ended(rank: int, status: int, others: dict[int, int]) -> str:
-    """What to blame: the rank that ended first, or one that died by a signal, whose peers may raise before it is gone."""
+    """What to blame: the rank that ended first, or one that died by a signal, whose peers may raise before."""
     codes = {rank: os.waitstatus_to_exitcode(status)}
     for other, pid in list(others.items()):
         ended, status = os.waitpid(pid, os.WNOHANG)
