@@ -196,6 +196,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
             *told_of_general_path(kernels, used),
             *beside_said,
             *told_of_lora(kernels, model, accelerator.mixed_precision),
+            *padding.told_of_attention(model),
             *told_of_wrapping(model, found, accelerator),
             *kept_said,
             *(f"no {name} in this model: not a layer for FSDP2 to wrap" for name in absent),

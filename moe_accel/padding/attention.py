@@ -4,18 +4,22 @@ transformers makes a mask once a forward and hands it to every attention layer. 
 where the sequences begin; recompute gets it too, as an argument of the layer. Nothing but our attention can compute
 with it: a layer that does anything else with its mask stops, and does not attend where it should not.
 
+transformers has no sdpa for models with sinks (GPT-OSS and its like), whose attention makes all scores [T,T] of every
+head. `WITH_SINKS` is an implementation for them: their own eager function, and with a `Packed` the attention here.
+
 Sizes: N tokens, Q query heads, K key/value heads, D their width, V that of values.
 """
 
 import inspect
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import masking_utils
@@ -23,11 +27,15 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from moe_accel.errors import UnsupportedModelError
-from moe_accel.kernels.device import as_autocast, capability
+from moe_accel.kernels import sinks as sinks_of_flash
+from moe_accel.kernels.device import HAS_TRITON, as_autocast, capability
 from moe_accel.padding.rows import Rows
 
 current: ContextVar[Rows | None] = ContextVar("current", default=None)
 """The tokens of the batch that a model computes now, while it makes its masks."""
+
+WITH_SINKS = "moe_accel"
+"""The name of an attention implementation, as in `config._attn_implementation`."""
 
 _MARK = "_moe_accel_packed"
 
@@ -46,24 +54,40 @@ class Packed:
 
 
 def install() -> None:
-    """Let transformers' `sdpa` attention know packed sequences; all else stays as it was."""
+    """Let transformers' `sdpa` attention know packed sequences, and attention with sinks; all else stays as it was."""
     for interface, around in ((AttentionMaskInterface, _mask), (AttentionInterface, _attention)):
         known = interface._global_mapping["sdpa"]
         if not hasattr(known, _MARK):
             interface.register("sdpa", around(known))
+    AttentionMaskInterface.register(WITH_SINKS, _mask(masking_utils.eager_mask))
+    AttentionInterface.register(WITH_SINKS, _attention(_eager))
+
+
+def eager_of(module: nn.Module) -> Callable | None:
+    """The eager attention of the file of a module's class, or of one that this is derived from; None: it has none."""
+    found = (
+        getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None) for kind in type(module).__mro__
+    )
+    return next(filter(None, found), None)
+
+
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    eager = eager_of(module)
+    assert eager is not None, f"{type(module).__name__} has no eager attention"  # models are proven beforehand
+    return eager(module, *args, **kwargs)
 
 
 def _mask(original: Callable) -> Callable:
-    def sdpa_mask(*args: Any, **kwargs: Any) -> Any:
+    def packed_mask(*args: Any, **kwargs: Any) -> Any:
         rows = None if torch.compiler.is_compiling() else current.get()
         return original(*args, **kwargs) if rows is None else Packed(rows, window_of(**kwargs))
 
-    setattr(sdpa_mask, _MARK, True)
-    return sdpa_mask
+    setattr(packed_mask, _MARK, True)
+    return packed_mask
 
 
 def _attention(original: Callable) -> Callable:
-    def sdpa_attention_forward(
+    def packed_attention_forward(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
     ) -> Any:
         if not isinstance(attention_mask, Packed):
@@ -72,10 +96,10 @@ def _attention(original: Callable) -> Callable:
             given = kwargs.get(name)
             if isinstance(given, Tensor) or given:
                 raise unsupported(f"attention with {name}")
-        return attend(query, key, value, attention_mask, kwargs.get("scaling")), None
+        return attend(query, key, value, attention_mask, kwargs.get("scaling"), kwargs.get("s_aux")), None
 
-    setattr(sdpa_attention_forward, _MARK, True)
-    return sdpa_attention_forward
+    setattr(packed_attention_forward, _MARK, True)
+    return packed_attention_forward
 
 
 def window_of(mask_function: Any = None, local_size: int | None = None, **rest: Any) -> int | None:
@@ -109,7 +133,9 @@ def unsupported(what: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{what} cannot be computed without padding", "moe_config: {padding_free: off}")
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float | None) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float | None, sinks: Tensor | None = None
+) -> Tensor:
     """Attention of packed sequences.
 
     Args:
@@ -118,14 +144,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float
         value: [1,K,N,V].
         mask: where the sequences are.
         scale: of the scores; None: D to the power of -1/2.
+        sinks: [Q], one more score of each head, without a value; None: there is none.
 
     Returns:
         [1,N,Q,V], contiguous.
     """
     query, key, value = as_autocast(query, key, value)
+    scale = cast(float, query.shape[-1] ** -0.5 if scale is None else scale)
     with torch.autocast(query.device.type, enabled=False):
-        compute = by_kernel if fits_kernel(query, value) else by_sequence
-        return compute(query, key, value, mask, scale)
+        if not fits_kernel(query, value) or (sinks is not None and not HAS_TRITON):
+            return by_sequence(query, key, value, mask, scale, sinks)
+        if mask.window is None and len(set(mask.rows.lengths)) == 1:
+            return by_row(query, key, value, mask, scale, sinks)
+        return by_kernel(query, key, value, mask, scale, sinks)
 
 
 def fits_kernel(query: Tensor, value: Tensor) -> bool:
@@ -142,27 +173,52 @@ def _knows_groups() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float | None) -> Tensor:
+def by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """`attend` by one kernel for all sequences."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     width = value.shape[-1]
     if width < query.shape[-1]:
         value = functional.pad(value, (0, query.shape[-1] - width))
     groups = query.shape[1] // key.shape[1]
     options: dict[str, Any] = {"enable_gqa": True} if groups > 1 and _knows_groups() else {}
-    if groups > 1 and not options:
+    if groups > 1 and not options and sinks is None:
         key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
     bounds, longest = mask.rows.bounds, max(mask.rows.lengths)
-    window = (-1 if mask.window is None or mask.window >= longest else mask.window - 1, 0)
-    out: Any = varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, **options
-    )
+    window = None if mask.window is None or mask.window >= longest else mask.window
+    if sinks is not None:
+        span = sinks_of_flash.Span(bounds, longest, window, scale)
+        out = sinks_of_flash.attend(query, key, value, sinks, span)
+    else:
+        sizes = (-1 if window is None else window - 1, 0)
+        out: Any = varlen_attn(
+            query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=sizes, **options
+        )
     return out[..., :width].contiguous().unsqueeze(0)
 
 
-def by_sequence(query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float | None) -> Tensor:
-    """`attend` by one call of sdpa after the other: the definition."""
+def by_row(
+    query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float, sinks: Tensor | None = None
+) -> Tensor:
+    """`attend` of sequences of one length without windows, as rows: cuDNN is faster than `by_kernel`."""
+    num_rows = len(mask.rows.lengths)
+    q, k, v = (each[0].unflatten(1, (num_rows, -1)).transpose(0, 1) for each in (query, key, value))
+    if sinks is None:
+        has_groups = query.shape[1] != key.shape[1]
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=has_groups)
+        out = out.transpose(1, 2)
+    elif sinks_of_flash.fits_cudnn(q, k, v):
+        out = sinks_of_flash.attend_rows(q, k, v, sinks, scale)
+    else:
+        return by_kernel(query, key, value, mask, scale, sinks)
+    return out.flatten(0, 1).contiguous().unsqueeze(0)
+
+
+def by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float, sinks: Tensor | None = None
+) -> Tensor:
+    """`attend` one sequence after the other: the definition."""
     groups = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(groups, 1) if groups > 1 else each for each in (key, value))
     done = []
@@ -173,9 +229,23 @@ def by_sequence(query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: 
             at = torch.arange(length, device=query.device)
             distance = at[:, None] - at
             seen = (distance >= 0) & (distance < mask.window)
-        if length:
+        if length and sinks is None:
             attended = functional.scaled_dot_product_attention(
                 *parts, attn_mask=seen, is_causal=seen is None, scale=scale
             )
             done.append(attended)
+        elif length and sinks is not None:
+            one, keys, values = parts
+            done.append(_with_sinks(one, keys, values, seen, scale, sinks))
     return torch.cat(done, 2).transpose(1, 2).contiguous()
+
+
+def _with_sinks(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float, sinks: Tensor) -> Tensor:
+    """One sequence: [1,Q,L,D] and [1,Q,L,V] -> [1,Q,L,V], of scores [L,L] in fp32 or more."""
+    scores = (query @ key.transpose(-1, -2) * scale).to(torch.promote_types(query.dtype, torch.float32))
+    if seen is None:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~seen, -torch.inf)
+    sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    return weights.to(value.dtype) @ value

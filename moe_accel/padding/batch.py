@@ -21,12 +21,16 @@ class Proof:
     """Which batches give the same numbers without padding.
 
     Attributes:
-        left: those with padding on the left too.
-        packed: rows that hold several sequences, too.
+        why_not: why those with padding stay as they are; empty: they do not.
+        left: those with padding on the left, too.
+        packed: rows that hold several sequences.
+        whole_beyond: those without padding whose rows are longer than so many tokens; None: they stay as they are.
     """
 
+    why_not: str = ""
     left: bool = True
     packed: bool = True
+    whole_beyond: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,24 +78,42 @@ def flatten(model: Any, kwargs: dict[str, Any], proof: Proof) -> Flat | str | No
     keeps = given.get("logits_to_keep", 0)
     if not alike or asks_more or not isinstance(keeps, int) or keeps:
         return None
+    trains = labels is not None and model.training
     if mask is not None:
-        return _without_padding(kwargs, proof) if labels is not None and model.training else None
+        return _without_padding(kwargs, proof) if trains else None
     # transformers heeds packed sequences without a cache only
     cached = "use_cache" not in given and getattr(model.config.get_text_config(), "use_cache", False)
-    if positions is None or not proof.packed or cached or not ids.numel():
-        return None
-    rows = of_positions(positions)
+    rows, is_whole = None, positions is None or cached
+    if positions is not None and not cached and proof.packed and ids.numel():
+        rows = of_positions(positions)
+        is_whole = rows is None
+    if is_whole and trains:
+        rows = _whole(ids, proof)
     return None if rows is None else _flat(kwargs, rows)
 
 
 def _without_padding(kwargs: dict[str, Any], proof: Proof) -> Flat | str | None:
-    mask, labels = kwargs["attention_mask"], kwargs["labels"]
+    ids, mask, labels = kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"]
+    if proof.why_not and _whole(ids, proof) is None:
+        return None
     found = of_mask(mask, labels)
-    if found.rows is None:
+    if proof.why_not and not found.is_whole:
+        return None
+    rows = _whole(ids, proof) if found.is_whole else found.rows
+    if rows is None:
         return found.why_not
     if found.left and not proof.left:
         return "padding on the left"
-    return _flat(kwargs, found.rows)
+    return _flat(kwargs, rows)
+
+
+def _whole(ids: Tensor, proof: Proof) -> Rows | None:
+    """All tokens of a batch [B,T], each row one sequence; None where such batches stay as they are."""
+    batch, length = ids.shape
+    if proof.whole_beyond is None or length <= proof.whole_beyond or not batch:
+        return None
+    bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=ids.device)
+    return Rows(batch, length, (length,) * batch, bounds, None)
 
 
 def _flat(kwargs: dict[str, Any], rows: Rows) -> Flat:

@@ -79,11 +79,13 @@ class Found:
         rows: its tokens; None where none is padding, or all are.
         left: whether padding comes first in a row.
         why_not: what makes the padded batch compute something else; None: nothing does.
+        is_whole: whether none is padding.
     """
 
     rows: Rows | None
     left: bool = False
     why_not: str | None = None
+    is_whole: bool = False
 
 
 def of_mask(mask: Tensor, labels: Tensor) -> Found:
@@ -104,7 +106,7 @@ def of_mask(mask: Tensor, labels: Tensor) -> Found:
     has_labels, has_holes, left, *lengths = torch.cat((told, sizes)).tolist()
     num_tokens = sum(lengths)
     if num_tokens in (0, batch * length):
-        return Found(None)
+        return Found(None, is_whole=num_tokens > 0)
     if has_labels:
         return Found(None, bool(left), "labels of padding, or of a token behind padding, are not -100")
     if has_holes:

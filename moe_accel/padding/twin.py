@@ -80,6 +80,7 @@ SMALL: dict[str, int] = {
 }
 """Sizes in the copy, of those that a config has and that are larger there. Any will do that fit together."""
 
+SMALL_GROUP = 4
 LENGTHS = (13, 20, 6)
 NUM_LAYERS = (2, 4, 8, 16, 32)
 TOLERANCE = 1e-4
@@ -90,8 +91,10 @@ _proven: dict[Any, Proof | str] = {}
 
 def prove(model: PreTrainedModel) -> Proof | str:
     """Which batches a model computes to the same numbers without padding; or why none."""
-    key = own_class(model), json.dumps(model.config.to_dict(), default=str, sort_keys=True), frozenset(kinds(model))
+    written = json.dumps(model.config.to_dict(), default=str, sort_keys=True)
+    key = own_class(model), implementation_of(model), written, frozenset(kinds(model))
     if key not in _proven:
+        attention.install()
         with _aside():
             _proven[key] = _prove(model)
     return _proven[key]
@@ -129,10 +132,28 @@ def _prove(model: PreTrainedModel) -> Proof | str:
         return f"a small copy to try it on cannot be made: {_said(error)}"
     if isinstance(twin, str):
         return twin
-    right = _compare(twin, _batch(left=False))
-    if right is not None:
-        return right
-    return Proof(left=_compare(twin, _batch(left=True)) is None, packed=_compare(twin, _packed()) is None)
+    beyond = whole_beyond(model)
+    if beyond is not None and _compare(twin, _whole()) is not None:
+        beyond = None
+    why_not = _compare(twin, _batch(left=False)) or ""
+    if why_not:
+        return why_not if beyond is None else Proof(why_not, left=False, packed=False, whole_beyond=beyond)
+    left, packed = (_compare(twin, batch) is None for batch in (_batch(left=True), _packed()))
+    return Proof(left=left, packed=packed, whole_beyond=beyond)
+
+
+def implementation_of(model: PreTrainedModel) -> str:
+    """The attention that proves a model: sdpa, or its own eager one where it has no sdpa."""
+    is_eager = model.config.get_text_config()._attn_implementation != "sdpa"
+    return attention.WITH_SINKS if is_eager else "sdpa"
+
+
+def whole_beyond(model: PreTrainedModel) -> int | None:
+    """See `Proof`: with sinks transformers computes all scores [T,T], with windows shorter than T a mask of them."""
+    if implementation_of(model) == attention.WITH_SINKS:
+        return 0
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return window if type(window) is int else None
 
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel | str:
@@ -142,7 +163,7 @@ def twin_of(model: PreTrainedModel) -> PreTrainedModel | str:
     for num_layers in NUM_LAYERS:
         config = copy.deepcopy(model.config)
         shrink(config, num_layers)
-        made = own_class(model)._from_config(config, attn_implementation="sdpa", dtype=torch.float64)
+        made = own_class(model)._from_config(config, attn_implementation=implementation_of(model), dtype=torch.float64)
         made.set_experts_implementation("eager")
         missing = asked - kinds(made)
         if not missing or num_layers >= getattr(model.config.get_text_config(), "num_hidden_layers", 0):
@@ -186,6 +207,8 @@ def shrink(config: Any, num_layers: int) -> None:
             if isinstance(value, list) and len(value) == before:
                 setattr(config, name, value[:num_layers])
         config.num_hidden_layers = num_layers
+    if isinstance(getattr(config, "compress_rates", None), dict):  # layers that see groups of tokens: of so many
+        config.compress_rates = {kind: min(rate, SMALL_GROUP) for kind, rate in config.compress_rates.items()}
     for name in ("quantization_config", "distributed_config"):
         if getattr(config, name, None) is not None:
             setattr(config, name, None)
@@ -209,11 +232,15 @@ def _packed() -> dict[str, Any]:
     return {"input_ids": ids, "position_ids": positions, "labels": ids.clone(), "use_cache": False}
 
 
+def _whole() -> dict[str, Any]:
+    ids = torch.randint(1, SMALL["vocab_size"], (len(LENGTHS), max(LENGTHS)))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
 def _compare(twin: PreTrainedModel, batch: dict[str, Any]) -> str | None:
     """What is not the same of a batch without its padding; None: all is."""
-    flat = flatten(twin, batch, Proof())
+    flat = flatten(twin, batch, Proof(whole_beyond=0))
     assert isinstance(flat, Flat)
-    attention.install()
     more: dict[str, Any] = {"use_cache": False}
     try:
         try:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from moe_accel import loss, padding
 from moe_accel.padding import attention
@@ -22,43 +23,58 @@ pytestmark = pytest.mark.gpu
 LENGTHS = (300, 77, 512, 1)
 BF16_SLACK = 1.5
 """How much larger than native's our error may be: both round to bf16 at about as many places."""
+EQUAL = (256, 256, 256)
 SHAPES = {
-    "qwen3": (32, 4, 128, 128, None),
-    "window": (8, 2, 64, 64, 100),
-    "latent": (16, 16, 192, 128, None),
-    "no-groups": (8, 8, 256, 256, None),
+    "qwen3": (32, 4, 128, 128, None, LENGTHS, False),
+    "window": (8, 2, 64, 64, 100, LENGTHS, False),
+    "latent": (16, 16, 192, 128, None, LENGTHS, False),
+    "no-groups": (8, 8, 256, 256, None, LENGTHS, False),
+    "one-length": (32, 4, 128, 128, None, EQUAL, False),
+    "one-length-latent": (16, 16, 192, 128, None, EQUAL, False),
+    "gpt-oss": (64, 8, 64, 64, None, LENGTHS, True),
+    "gpt-oss-window": (64, 8, 64, 64, 128, LENGTHS, True),
+    "gpt-oss-one-length": (64, 8, 64, 64, None, EQUAL, True),
+    "mimo": (64, 8, 192, 128, 128, EQUAL, True),
 }
+"""Heads of queries, of keys and values, width, of values, window, lengths of sequences, whether there are sinks."""
 
 
-def packed_rows() -> Rows:
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
-    return Rows(1, sum(LENGTHS), LENGTHS, bounds, None)
+def packed_rows(lengths) -> Rows:
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    return Rows(1, sum(lengths), lengths, bounds, None)
 
 
-def under_a_mask(query, key, value, window):
-    """Attention under a whole mask [N,N], as transformers computes a padded or packed batch."""
-    of = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).cuda()
-    at = torch.arange(sum(LENGTHS), device="cuda")
+def under_a_mask(query, key, value, window, lengths, sinks=None):
+    """Attention under a whole mask [N,N], as transformers computes a padded or packed batch, or with sinks."""
+    of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
+    at = torch.arange(sum(lengths), device="cuda")
     distance = at[:, None] - at
-    allowed = (of[:, None] == of) & (distance >= 0) & (distance < (window or sum(LENGTHS)))
+    allowed = (of[:, None] == of) & (distance >= 0) & (distance < (window or sum(lengths)))
+    if sinks is not None:
+        module = torch.nn.Module()
+        module.sinks, module.num_key_value_groups = sinks, query.shape[1] // key.shape[1]
+        mask = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
+        return eager_attention_forward(module, query, key, value, mask, query.shape[-1] ** -0.5)[0]
     key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed).transpose(1, 2)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_bf16_attention_is_about_as_close_to_fp64_as_under_a_mask(shape):
-    q_heads, kv_heads, width, v_width, window = shape
+    q_heads, kv_heads, width, v_width, window, lengths, has_sinks = shape
     made = {"device": "cuda", "generator": torch.Generator(device="cuda").manual_seed(0)}
     sizes = (q_heads, width), (kv_heads, width), (kv_heads, v_width)
-    low = [torch.randn(1, n, sum(LENGTHS), size, **made).bfloat16().requires_grad_() for n, size in sizes]
+    low = [torch.randn(1, n, sum(lengths), size, **made).bfloat16().requires_grad_() for n, size in sizes]
+    low += [torch.randn(q_heads, **made).bfloat16().requires_grad_()] if has_sinks else []
     exact = [each.detach().double().requires_grad_() for each in low]
     assert fits_kernel(low[0], low[2])
-    probe = torch.randn(1, sum(LENGTHS), q_heads, v_width, **made).bfloat16()
+    probe = torch.randn(1, sum(lengths), q_heads, v_width, **made).bfloat16()
+    packed = Packed(packed_rows(lengths), window)
     results = []
     for tensors, compute in (
-        (exact, lambda *each: under_a_mask(*each, window)),
-        (low, lambda *each: under_a_mask(*each, window)),
-        (low, lambda *each: attend(*each, Packed(packed_rows(), window), None)),
+        (exact, lambda q, k, v, *sinks: under_a_mask(q, k, v, window, lengths, *sinks)),
+        (low, lambda q, k, v, *sinks: under_a_mask(q, k, v, window, lengths, *sinks)),
+        (low, lambda q, k, v, *sinks: attend(q, k, v, packed, None, *sinks)),
     ):
         out = compute(*tensors)
         results.append((out, *torch.autograd.grad(out, tensors, probe.to(out.dtype))))
@@ -136,7 +152,7 @@ def test_the_host_waits_once_for_the_device_to_know_what_is_padding():
             flat = flatten(model, batch, Proof())
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waited = [str(each.message) for each in caught if "synchroniz" in str(each.message).lower()]
+    waited = [str(each.message) for each in caught if "called a synchronizing" in str(each.message)]
     assert isinstance(flat, Flat)
     assert len(waited) <= 1, waited
 

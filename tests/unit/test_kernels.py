@@ -21,6 +21,7 @@ from moe_accel.kernels import (
     rope,
     router,
     rows,
+    sinks,
     sort,
     squared_relu,
 )
@@ -33,7 +34,7 @@ needs_triton = pytest.mark.skipif(not device.HAS_TRITON, reason="needs triton")
 
 @needs_triton
 def test_kernels_equal_their_plain_forms_on_the_interpreter():
-    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("kernels", "router")]
+    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("kernels", "router", "sinks")]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -198,6 +199,16 @@ COMPILED = {
         ["*bf16"] * 4 + ["i64"] * 9,
         {"BACKWARD": True, "num_heads": 32, "half": 64, "HEADS": 32, "HALF": 64},
     ),
+    "sinks": (
+        sinks._add_kernel,
+        ["*bf16", "*fp32", "*bf16", "*bf16", "*fp32"] + ["i32"] * 5,
+        sinks._constants(64, 64),
+    ),
+    "sinks backward": (
+        sinks._gradient_kernel,
+        ["*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "i32", "i32", "i32"],
+        sinks._constants(64, 192),
+    ),
     **{
         f"glu{name}": (
             glu._forward_kernel,
@@ -285,7 +296,7 @@ def test_compiles_for_sm_90_without_spills(kernel, types, constants, tmp_path):
     assert set(stack) == {"0"}, printed
 
 
-COUNTS = {"num_rows", "num_pairs", "num_kept", "num_blocks"}
+COUNTS = {"num_rows", "num_pairs", "num_kept", "num_blocks", "num_tokens"}
 """Parameters that are other numbers in every step; not `num_choices`, of which kernels have two forms on purpose."""
 
 

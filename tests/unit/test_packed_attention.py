@@ -10,8 +10,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from moe_accel.errors import UnsupportedModelError
+from moe_accel.kernels import sinks
 from moe_accel.padding import attention
-from moe_accel.padding.attention import Packed, by_kernel, by_sequence, fits_kernel, window_of
+from moe_accel.padding.attention import Packed, attend, by_sequence, fits_kernel, window_of
 from moe_accel.padding.rows import Rows
 
 LENGTHS = (5, 1, 0, 12, 7)
@@ -32,19 +33,22 @@ def operands(q_heads=4, kv_heads=4, width=16, v_width=16):
     ]
 
 
-def scores_of(query, key, value, allowed, scale):
+def scores_of(query, key, value, allowed, scale, sinks=None):
     scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~allowed, -torch.inf)
-    return scores.softmax(-1) @ value
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)), -1)
+    return scores.softmax(-1)[..., : key.shape[-2]] @ value
 
 
-def dense(query, key, value, window, scale):
+def dense(query, key, value, window, scale, sinks=None):
     """Attention under a whole mask [N,N]."""
     of = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     at = torch.arange(NUM_TOKENS)
     distance = at[:, None] - at
     allowed = (of[:, None] == of) & (distance >= 0) & (distance < (window or NUM_TOKENS))
     key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
-    return scores_of(query, key, value, allowed, query.shape[-1] ** -0.5 if scale is None else scale).transpose(1, 2)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return scores_of(query, key, value, allowed, scale, sinks).transpose(1, 2)
 
 
 def kernel_of(knows_groups):
@@ -80,6 +84,14 @@ def kernel_of(knows_groups):
 SHAPES = {"plain": (4, 4, 16, 16), "groups": (4, 2, 16, 16), "narrow-values": (4, 4, 24, 16), "both": (6, 2, 24, 8)}
 
 
+def assert_same(found, expected, tensors):
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected)
+    probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for one, other in zip(*(torch.autograd.grad(each, tensors, probe) for each in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 12, 99])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("how", ["loop", "kernel-2.11", "kernel"])
@@ -87,17 +99,113 @@ def test_values_and_gradients_are_those_under_a_mask(how, shape, window, monkeyp
     if how != "loop":
         attention._knows_groups.cache_clear()
         monkeypatch.setattr(attention, "varlen_attn", kernel_of(how == "kernel"))
-    compute = by_sequence if how == "loop" else by_kernel
+        monkeypatch.setattr(attention, "fits_kernel", lambda *_: True)
     for scale in (None, 0.3):
         tensors = operands(*shape)
-        found = compute(*tensors, Packed(rows(), window), scale)
-        expected = dense(*tensors, window, scale)
-        assert found.is_contiguous()
-        torch.testing.assert_close(found, expected)
-        probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        for one, other in zip(*(torch.autograd.grad(each, tensors, probe) for each in (found, expected)), strict=True):
-            torch.testing.assert_close(one, other)
+        assert_same(attend(*tensors, Packed(rows(), window), scale), dense(*tensors, window, scale), tensors)
     attention._knows_groups.cache_clear()
+
+
+def flash(query, key, value, bounds, _, longest, __, dropout, causal, debug, *, scale, **window):
+    """A stand-in for torch's flash attention, forward: its out [N,Q,D] and logarithms of sums [Q,N]."""
+    assert (bounds.dtype, longest, dropout, causal, debug) == (torch.int32, max(LENGTHS), 0.0, True, False)
+    scores, value = flash_scores(query, key, value, bounds, scale, **window)
+    sums = scores.logsumexp(-1)
+    out = (scores - sums[..., None]).exp() @ value
+    return out.transpose(0, 1), sums, torch.empty(2), torch.empty(0), torch.empty(0)
+
+
+def flash_backward(gradient, query, key, value, out, sums, bounds, *_, scale, **window):
+    """And backward, as the paper has it: all that it knows of the softmax is out and the sums."""
+    assert gradient.is_contiguous()
+    tensors = [each.detach().requires_grad_() for each in (query, key, value)]
+    with torch.enable_grad():
+        scores, values = flash_scores(*tensors, bounds, scale, **window)
+    weights = (scores.detach() - sums[..., None]).exp()
+    gradient = gradient.transpose(0, 1)
+    of_weights = gradient @ values.detach().transpose(-1, -2)
+    of_scores = weights * (of_weights - (gradient * out.transpose(0, 1)).sum(-1, keepdim=True))
+    of_values = weights.transpose(-1, -2) @ gradient
+    return torch.autograd.grad((scores, values), tensors, (of_scores, of_values))
+
+
+def flash_scores(query, key, value, bounds, scale, window_size_left, window_size_right):
+    assert window_size_right == (None if window_size_left is None else 0)
+    of = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff().long())
+    at = torch.arange(len(of))
+    distance = at[:, None] - at
+    left = len(of) if window_size_left is None else window_size_left
+    allowed = (of[:, None] == of) & (distance >= 0) & (distance <= left)
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    return (query @ key.transpose(-1, -2) * scale).masked_fill(~allowed, -torch.inf), value
+
+
+def stand_in(monkeypatch, **operators):
+    of_kernels = {"add_sinks": sinks.add_sinks_torch, "sinks_gradient": sinks.sinks_gradient_torch}
+    for name, value in (of_kernels | operators).items():
+        monkeypatch.setattr(sinks, name, value)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 99])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("how", ["loop", "kernel"])
+def test_sinks_are_one_more_score_of_each_head(how, shape, window, monkeypatch):
+    if how == "kernel":
+        for name, value in {"fits_kernel": lambda *_: True, "HAS_TRITON": True}.items():
+            monkeypatch.setattr(attention, name, value)
+        stand_in(monkeypatch, flash_forward=flash, flash_backward=flash_backward)
+    tensors = operands(*shape)
+    tensors.append(torch.linspace(-3, 5, shape[0], dtype=torch.float64).requires_grad_())
+    found = attend(*tensors[:3], Packed(rows(), window), None, tensors[3])
+    assert_same(found, dense(*tensors[:3], window, None, tensors[3]), tensors)
+
+
+def cudnn(query, key, value, bias, with_sums, dropout, causal, debug, *, scale):
+    """A stand-in for cuDNN's attention, forward: its out [B,Q,T,V] and logarithms of sums [B,Q,T,1]."""
+    assert (bias, with_sums, dropout, causal, debug) == (None, True, 0.0, True, False)
+    scores, value = row_scores(query, key, value, scale)
+    sums = scores.logsumexp(-1, keepdim=True)
+    seed = torch.zeros((), dtype=torch.int64)
+    return (scores - sums).exp() @ value, sums, None, None, 4, 4, seed, seed + 1, None
+
+
+def cudnn_backward(gradient, query, key, value, out, sums, seed, offset, *rest, scale):
+    """And backward, which knows out and the sums."""
+    assert (int(seed), int(offset), rest) == (0, 1, (None, None, None, 4, 4, 0.0, True))
+    tensors = [each.detach().requires_grad_() for each in (query, key, value)]
+    with torch.enable_grad():
+        scores, values = row_scores(*tensors, scale)
+    weights = (scores.detach() - sums).exp()
+    of_weights = gradient @ values.detach().transpose(-1, -2)
+    of_scores = weights * (of_weights - (gradient * out).sum(-1, keepdim=True))
+    return torch.autograd.grad((scores, values), tensors, (of_scores, weights.transpose(-1, -2) @ gradient))
+
+
+def row_scores(query, key, value, scale):
+    key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    return scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf), value
+
+
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["sdpa", "sinks"])
+def test_rows_of_one_length_without_windows_are_rows(has_sinks, monkeypatch):
+    monkeypatch.setattr(attention, "by_kernel", lambda *_: pytest.fail("flash attention"))
+    for name, value in {"fits_kernel": lambda *_: True, "HAS_TRITON": True}.items():
+        monkeypatch.setattr(attention, name, value)
+    stand_in(monkeypatch, cudnn_forward=cudnn, cudnn_backward=cudnn_backward, fits_cudnn=lambda *_: True)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (4, 16), (2, 16), (2, 8)
+    tensors = [
+        torch.randn(1, heads, 12, size, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads, size in sizes
+    ]
+    mask = Packed(Rows(3, 4, (4, 4, 4), torch.arange(0, 16, 4, dtype=torch.int32), None), None)
+    if has_sinks:
+        tensors.append(torch.linspace(-3, 5, 4, dtype=torch.float64).requires_grad_())
+    given = tensors[:3], tensors[3:]
+    assert_same(attend(*given[0], mask, None, *given[1]), by_sequence(*given[0], mask, 0.25, *given[1]), tensors)
 
 
 def test_the_kernel_is_torchs_and_takes_what_it_is_given():
@@ -105,6 +213,24 @@ def test_the_kernel_is_torchs_and_takes_what_it_is_given():
     assert list(parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert {"scale", "window_size"} <= set(parameters)
     assert parameters["window_size"].default == (-1, -1)
+
+
+def test_flash_attention_takes_what_it_is_given():
+    expected = [
+        "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask",
+        "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p is_causal rng_state unused",
+    ]
+    expected += [
+        "query key value attn_bias compute_log_sumexp dropout_p is_causal return_debug_mask",
+        "grad_out query key value out logsumexp philox_seed philox_offset attn_bias cum_seq_q cum_seq_k max_q max_k"
+        " dropout_p is_causal",
+    ]
+    options = {"scale", "window_size_left", "window_size_right"}
+    operators = sinks.flash_forward, sinks.flash_backward, sinks.cudnn_forward, sinks.cudnn_backward
+    for operator, names, known in zip(operators, expected, [options, options, {"scale"}, {"scale"}], strict=True):
+        arguments = operator.default._schema.arguments
+        assert [each.name for each in arguments if not each.kwarg_only] == names.split()
+        assert known <= {each.name for each in arguments if each.kwarg_only}
 
 
 def test_the_kernel_is_for_gpus():

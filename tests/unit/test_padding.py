@@ -261,7 +261,6 @@ def test_an_empty_row_is_nothing():
 
 
 REFUSED = {
-    "gpt_oss": "attn_implementation is eager, and must be sdpa",
     "qwen3_next": "tokens meet elsewhere than in its attention",
     "jamba": "tokens meet elsewhere than in its attention",
     "nemotron_h": "tokens meet elsewhere than in its attention",
@@ -316,6 +315,10 @@ def jittering(model):
     model.config.router_jitter_noise = 0.1
 
 
+def eager(model):
+    model.set_attn_implementation("eager")
+
+
 def growing(model):
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
@@ -325,6 +328,7 @@ CHANGED = {
     another_class: "Conv1d is not in a model of this config",
     dropping: "attention with dropout cannot be computed without padding",
     jittering: "it draws random numbers beyond dropout",
+    eager: "attn_implementation is eager, and must be sdpa",
     growing: "its rotary embedding depends on the longest row of a batch",
 }
 
