@@ -162,23 +162,29 @@ def fuse_rotation(module: Any) -> bool:
         return False
     if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, heads, 3, 8, generator=generator) for heads in (4, 2))
-    cos, sin = (torch.randn(2, 3, 8, generator=generator) for _ in range(2))
-    try:
-        pairs = zip(inspect.unwrap(function)(q, k, cos, sin), (q, k), strict=True)
-        usual = all(torch.allclose(one, rotate_torch(x, cos, sin)) for one, x in pairs)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+    parts = next((parts for parts in (1, 2) if _rotates(inspect.unwrap(function), 8 // parts)), None)
+    if parts is None:
         return False
-    if not usual:
-        return False
-    wrap(module, ROTATION, _rotated)
+    wrap(module, ROTATION, lambda original: _rotated(original, parts))
     return True
 
 
-def _rotated(original: Any) -> Any:
+def _rotates(function: Any, width: int) -> bool:
+    """Whether a function rotates heads of 8 values as `rotate_torch` does, by angles of so many."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 3, 8, generator=generator) for heads in (4, 2))
+    cos, sin = (torch.randn(2, 3, width, generator=generator) for _ in range(2))
+    try:
+        pairs = zip(function(q, k, cos, sin), (q, k), strict=True)
+        return all(torch.allclose(one, rotate_torch(x, cos, sin)) for one, x in pairs)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return False
+
+
+def _rotated(original: Any, parts: int) -> Any:
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        usual = q.ndim == 4 and cos.ndim == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and cos.shape == sin.shape
+        width = cos.shape[-1] * parts
+        usual = q.ndim == 4 and cos.ndim == 3 and width == q.shape[-1] == k.shape[-1] and cos.shape == sin.shape
         fits = usual and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[2] == k.shape[2]
         ours = not torch.compiler.is_compiling() and _in_fused_attention.get() and use_triton(q) and use_triton(k)
         if args or kwargs or not (fits and ours):

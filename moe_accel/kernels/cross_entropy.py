@@ -11,7 +11,7 @@ device once, to learn how many there are.
 Sizes: N rows, H hidden, V vocabulary, C rows of a chunk.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from moe_accel.kernels.device import launch, tl, triton, use_triton
 CHUNK_BYTES = 1 << 30
 """Of a chunk's logits: 3,533 rows of 151,936 in bf16. GEMMs of fewer rows are slower, of more rows hardly faster."""
 COLUMNS = 8192  # of a tile
+SCALED = 8192
+"""Elements that one program multiplies."""
 
 
 def linear_cross_entropy(
@@ -83,9 +85,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        found = [next(saved) * gradients[0].to(torch.float32) if needed else None for needed in ctx.needs]
+        saved, factor, engine = iter(ctx.saved_tensors), gradients[0].to(torch.float32), cast(Any, torch._C)._autograd
+        is_kept = engine._get_current_graph_task_keep_graph()  # retain_graph: there may be another backward
+        scaled = torch.mul if is_kept else scale_
+        found = [scaled(next(saved), factor) if needed else None for needed in ctx.needs]
         return *found, None, None, None
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Multiply a gradient without gaps by a number on its device, in place; where that is 1, nothing is touched."""
+    if not use_triton(gradient):
+        return gradient.mul_(factor)
+    num_elements = gradient.numel()
+    grid = (-(-num_elements // SCALED),)
+    launch(_scale_kernel, grid, gradient, factor, num_elements, ELEMENTS=SCALED, num_warps=8)
+    return gradient
 
 
 def softmax_gradient_(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
@@ -116,6 +130,15 @@ def softmax_gradient_torch_(logits: Tensor, labels: Tensor, scale: Tensor) -> Te
     gradient.scatter_add_(1, labels[:, None], gradient.new_full((len(labels), 1), -1))
     logits.copy_(gradient * scale)
     return loss
+
+
+@triton.jit
+def _scale_kernel(gradient, factor, num_elements, ELEMENTS: tl.constexpr):
+    by = tl.load(factor)
+    if by != 1.0:
+        at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+        values = tl.load(gradient + at, mask=at < num_elements, other=0.0).to(tl.float32) * by
+        tl.store(gradient + at, values.to(gradient.dtype.element_ty), mask=at < num_elements)
 
 
 @triton.jit

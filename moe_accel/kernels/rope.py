@@ -3,9 +3,10 @@
     y1 = x1 * cos1 - x2 * sin1        backward: dx1 = dy1 * cos1 + dy2 * sin2
     y2 = x2 * cos2 + x1 * sin2                  dx2 = dy2 * cos2 - dy1 * sin1
 where x1, x2 are the halves of the last dimension. Su et al., "RoFormer" (2021), in the half-split form of Llama. Native
-takes five passes over q and k forward and as many backward.
+takes five passes over q and k forward and as many backward. Angles of D/2 pairs, as GPT-OSS has them, are those of both
+halves.
 
-Sizes: B batch, A attention heads, S sequence, D head dimension.
+Sizes: B batch, A attention heads, S sequence, D head dimension, W width of the angles: D or D/2.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from moe_accel.kernels.device import launch, tl, triton
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [B,A,S,D] by cos and sin [B or 1,S,D], in the strides of x. Differentiable once, in x."""
+    """Turn x [B,A,S,D] by cos and sin [B or 1,S,W], in the strides of x. Differentiable once, in x."""
     return _Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
 
 
@@ -37,6 +38,8 @@ class _Rotate(torch.autograd.Function):
 def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The definition; differentiable."""
     x1, x2 = x.chunk(2, -1)
+    if cos.shape[-1] < x.shape[-1]:
+        cos, sin = (torch.cat([each, each], -1) for each in (cos, sin))
     return x * cos[:, None] + torch.cat([-x2, x1], -1) * sin[:, None]
 
 
@@ -48,6 +51,7 @@ def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor
     of_batch = cos.stride(0) if cos.shape[0] > 1 else 0
     sizes = {"num_heads": num_heads, "half": width // 2}
     blocks = {key: 1 << (size - 1).bit_length() for key, size in zip(("HEADS", "HALF"), sizes.values(), strict=True)}
+    sizes["angles"] = cos.shape[-1]
     strides = (*x.stride(), *y.stride())
     grid = length, num_batches
     launch(_rotate_kernel, grid, x, cos, sin, y, of_batch, *strides, BACKWARD=backward, **sizes, **blocks)
@@ -72,17 +76,19 @@ def _rotate_kernel(
     BACKWARD: tl.constexpr,
     num_heads: tl.constexpr,
     half: tl.constexpr,
+    angles: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
-    turn = batch * of_batch + token * 2 * half + column
+    turn = batch * of_batch + token * angles + column
+    other = angles - half
     narrow = column < half
     cos1 = tl.load(cos + turn, mask=narrow, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos + turn + half, mask=narrow, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + turn + other, mask=narrow, other=0.0).to(tl.float32)
     sin1 = tl.load(sin + turn, mask=narrow, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin + turn + half, mask=narrow, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + turn + other, mask=narrow, other=0.0).to(tl.float32)
     inside = narrow & (head < num_heads)
     source = x + batch * x_batch + token * x_token + head * x_head + column * x_column
     x1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)

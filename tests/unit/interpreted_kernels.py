@@ -10,7 +10,7 @@ import torch
 
 from moe_accel.dispatch import message, plan
 from moe_accel.experts import routing
-from moe_accel.kernels import adam, cross_entropy, glu, rms_norm, rope, rows, sort, squared_relu
+from moe_accel.kernels import adam, glu, rms_norm, rope, rows, sort, squared_relu
 from moe_accel.kernels.device import INTERPRETED
 from tests import interpreter
 from tests.unit.test_kernels import GATES
@@ -260,19 +260,6 @@ def test_squared_relu_keeps_a_nan():
     torch.testing.assert_close(found, torch.tensor([[1.0, float("nan"), 0.0]]), equal_nan=True)
 
 
-@pytest.mark.parametrize("width", [3, 8192, 8200])
-def test_softmax_gradient(width):
-    logits, scale = 4 * values(5, width), torch.tensor([0.25])
-    logits[2:4, : width // 2] = -float("inf")
-    labels = torch.tensor([0, width - 1, width // 3 * 2, width - 2, width // 2])
-    expected = logits.clone()
-    of_rows = cross_entropy.softmax_gradient_torch_(expected, labels, scale)
-    found = cross_entropy.softmax_gradient_(logits, labels, scale)
-    # exp of values up to 30: their own rounding counts 30 times; sums of `width` of them in fp32
-    torch.testing.assert_close(found, of_rows, rtol=64 * EPSILON, atol=64 * EPSILON)
-    torch.testing.assert_close(logits, expected, rtol=128 * EPSILON, atol=EPSILON)
-
-
 TILES = {
     "one-program": rms_norm.Tile(1, 4, 1, 3),
     "programs-of-two-tiles": rms_norm.Tile(2, 4, 2, 2),
@@ -332,9 +319,10 @@ def test_rms_norm_of_a_batch_gives_the_gradients_that_are_wanted(trained):
 
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("batches_of_angles", [1, 2])
-def test_rotation_and_its_backward(strided, batches_of_angles):
+@pytest.mark.parametrize("width", [24, 12])
+def test_rotation_and_its_backward(strided, batches_of_angles, width):
     x = values(2, 5, 3, 24).transpose(1, 2) if strided else values(2, 3, 5, 24)  # [2,3,5,24]
-    cos, sin = values(batches_of_angles, 5, 24), values(batches_of_angles, 5, 24).flip(1)
+    cos, sin = values(batches_of_angles, 5, width), values(batches_of_angles, 5, width).flip(1)
     expected_input = x.clone().requires_grad_()
     expected = rope.rotate_torch(expected_input, cos, sin)
     found = rope.rotate_triton(x, cos, sin, backward=False)
@@ -344,20 +332,6 @@ def test_rotation_and_its_backward(strided, batches_of_angles):
     expected.backward(gradient)
     found = rope.rotate_triton(gradient, cos, sin, backward=True)
     torch.testing.assert_close(found, expected_input.grad, rtol=4 * EPSILON, atol=4 * EPSILON)
-
-
-def test_a_loss_of_no_counting_rows_is_nan_and_its_gradients_are_zero():
-    hidden, weight = values(3, 4).requires_grad_(), values(11, 4).requires_grad_()
-    found = cross_entropy.linear_cross_entropy(hidden, weight, torch.full((3,), -100))
-    assert found.isnan()
-    for gradient in torch.autograd.grad(found, (hidden, weight)):
-        assert not gradient.any()
-
-
-def test_an_impossible_label_makes_the_loss_nan():
-    hidden, weight = values(3, 4), values(11, 4)
-    for label in (11, -1):
-        assert cross_entropy.linear_cross_entropy(hidden, weight, torch.tensor([0, label, 1])).isnan()
 
 
 def test_rms_norm_of_strided_rows_and_its_backward():

@@ -88,7 +88,7 @@ def of_positions(q, k, cos, sin, positions=None):
 
 ROTATIONS = {
     "qwen3": (modeling_qwen3_moe, True),
-    "gpt-oss": (modeling_gpt_oss, False),
+    "gpt-oss": (modeling_gpt_oss, True),
     "interleaved": (rotation_of(interleaved), False),
     "one output": (rotation_of(of_one), False),
     "three outputs": (rotation_of(of_three), False),
@@ -102,7 +102,13 @@ ROTATIONS = {
 def test_a_rotation_is_known_by_what_it_computes(module, usual, monkeypatch):
     if hasattr(module, block.ROTATION):  # put back what the test replaces
         monkeypatch.setattr(module, block.ROTATION, getattr(module, block.ROTATION))
-    q, k, cos, sin = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    width = 4 if module is modeling_gpt_oss else 8
+    q, k, cos, sin = (
+        torch.randn(1, 2, 3, 8),
+        torch.randn(1, 1, 3, 8),
+        torch.randn(1, 3, width),
+        torch.randn(1, 3, width),
+    )
     expected = module.apply_rotary_pos_emb(q, k, cos, sin) if usual else None
     assert block.fuse_rotation(module) == usual
     if expected:
@@ -123,7 +129,8 @@ def test_a_partial_rotation_stays_with_its_own_function(monkeypatch):
 @pytest.fixture
 def rotated(monkeypatch):
     """The queries that our kernel rotated, here by its definition; the modeling file is put back afterwards."""
-    monkeypatch.setattr(modeling_qwen3_moe, block.ROTATION, modeling_qwen3_moe.apply_rotary_pos_emb)
+    for file in (modeling_qwen3_moe, modeling_gpt_oss):
+        monkeypatch.setattr(file, block.ROTATION, file.apply_rotary_pos_emb)
     seen = []
 
     def rotate(x, cos, sin):
@@ -138,17 +145,18 @@ def rotated(monkeypatch):
 TOKENS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
-def prepared():
-    model = build_tiny("qwen3_moe", num_hidden_layers=2)
+def prepared(family="qwen3_moe"):
+    model = build_tiny(family, num_hidden_layers=2)
     model.set_experts_implementation("eager")
     block.fuse_rotations(model)
     return model
 
 
-def test_only_models_that_were_prepared_rotate_with_the_kernel(rotated):
-    other = build_tiny("qwen3_moe", num_hidden_layers=2)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_only_models_that_were_prepared_rotate_with_the_kernel(rotated, family):
+    other = build_tiny(family, num_hidden_layers=2)
     expected = other(TOKENS).logits
-    model = prepared()
+    model = prepared(family)
     assert torch.equal(other(TOKENS).logits, expected)
     assert rotated == []
     torch.testing.assert_close(model(TOKENS).logits, expected)

@@ -34,7 +34,7 @@ needs_triton = pytest.mark.skipif(not device.HAS_TRITON, reason="needs triton")
 
 @needs_triton
 def test_kernels_equal_their_plain_forms_on_the_interpreter():
-    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("kernels", "router", "sinks")]
+    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("kernels", "loss", "router", "sinks")]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -162,6 +162,11 @@ COMPILED = {
         ["*bf16", "*i64", "*fp32", "*fp32"],
         {"width": 151_936, "COLUMNS": 8192},
     ),
+    "scaling a gradient": (
+        cross_entropy._scale_kernel,
+        ["*bf16", "*fp32", "i64"],
+        {"ELEMENTS": cross_entropy.SCALED, "num_warps": 8},
+    ),
     **{
         f"rms norm{direction} of {width}": (kernel, types, given | rms_norm._constants(tile, width))
         for width in (128, 2048, 2880, 4096, 7168)
@@ -194,11 +199,14 @@ COMPILED = {
         ["*fp32", "*bf16", "i32"],
         {"width": 2880, "ROWS": rms_norm.SUMMED_ROWS, "COLUMNS": rms_norm.SUMMED_COLUMNS, "num_warps": 8},
     ),
-    "rotation": (
-        rope._rotate_kernel,
-        ["*bf16"] * 4 + ["i64"] * 9,
-        {"BACKWARD": True, "num_heads": 32, "half": 64, "HEADS": 32, "HALF": 64},
-    ),
+    **{
+        f"rotation by {angles} angles": (
+            rope._rotate_kernel,
+            ["*bf16"] * 4 + ["i64"] * 9,
+            {"BACKWARD": True, "num_heads": 32, "half": 64, "angles": angles, "HEADS": 32, "HALF": 64},
+        )
+        for angles in (128, 64)
+    },
     "sinks": (
         sinks._add_kernel,
         ["*bf16", "*fp32", "*bf16", "*bf16", "*fp32"] + ["i32"] * 5,
@@ -340,58 +348,6 @@ def test_the_labels_logit_is_read_before_threads_wait_for_each_other():
     assert 0 < of_one_value.search(code).start() < code.index('"tt.reduce"') < code.rindex("tt.store")
 
 
-CHUNKS = {"one-chunk": 1 << 30, "chunks-of-two-rows": 2 * 11 * 8, "chunks-of-one-row": 1}
-
-
-@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
-@pytest.mark.parametrize("divisor", [None, 7.0])
-@pytest.mark.parametrize("frozen", ["nothing", "weight", "hidden"])
-def test_linear_cross_entropy_is_that_of_all_logits(chunk_bytes, divisor, frozen, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk_bytes)
-    hidden, weight = _values(5, 4).requires_grad_(frozen != "hidden"), _values(11, 4).requires_grad_(frozen != "weight")
-    labels = torch.tensor([3, -100, 0, 10, 3])
-    wanted = [each for each in (hidden, weight) if each.requires_grad]
-    total = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum") / (divisor or 4)
-    given = None if divisor is None else torch.tensor(divisor)
-    found = cross_entropy.linear_cross_entropy(hidden, weight, labels, given)
-    torch.testing.assert_close(found, total)
-    for one, other in zip(torch.autograd.grad(3 * found, wanted), torch.autograd.grad(3 * total, wanted), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_nothing_is_computed_of_rows_that_do_not_count(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 2 * 11 * 8)  # two rows
-    hidden, weight = _values(7, 4), _values(11, 4).requires_grad_()
-    labels = torch.tensor([-100, 3, 7, -100, 0, -100, -100])
-    counts = labels != -100
-    hidden[~counts] = float("nan")
-    hidden.requires_grad_()
-    found = torch.autograd.grad(cross_entropy.linear_cross_entropy(hidden, weight, labels), (hidden, weight))
-    total = torch.nn.functional.cross_entropy(hidden[counts] @ weight.T, labels[counts])
-    for one, other in zip(found, torch.autograd.grad(total, (hidden, weight)), strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def test_rms_norm_has_the_gradient_of_finite_differences():
     x, weight = _values(3, 6).requires_grad_(), _values(6).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, w: rms_norm.rms_norm(x, w, 1e-6, 1.0), (x, weight))
-
-
-def test_no_rows_still_give_every_parameter_a_gradient():
-    hidden, weight = _values(0, 4).requires_grad_(), _values(11, 4).requires_grad_()
-    found = cross_entropy.linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64), torch.tensor(3.0))
-    of_hidden, of_weight = torch.autograd.grad(found, (hidden, weight))
-    assert found == 0
-    assert of_hidden.shape == (0, 4)
-    assert torch.equal(of_weight, torch.zeros(11, 4, dtype=torch.float64))
-
-
-def test_a_loss_of_no_counting_rows_is_that_of_torch():
-    hidden, weight, labels = _values(5, 4).requires_grad_(), _values(11, 4).requires_grad_(), torch.full((5,), -100)
-    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels)
-    found = cross_entropy.linear_cross_entropy(hidden, weight, labels)
-    assert expected.isnan()
-    assert found.isnan()
-    gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss in (found, expected)]
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
