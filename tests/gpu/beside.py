@@ -20,9 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.processes import FSDP2, LOSS_TOLERANCE, NORM_TOLERANCE, run_ranks
+from tests.gpu.processes import FSDP2, LOSS_TOLERANCE, NORM_TOLERANCE, python_path, run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 110
 """Of one set of ranks."""
 
@@ -222,7 +221,7 @@ def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def run_set(args: argparse.Namespace, transport: str, shape: str) -> dict[str, Any]:
     more = {"MOE_ACCEL_DEEPEP": transport, "EP_SUPPRESS_NCCL_CHECK": "1"} if transport != "alltoall" else {}
-    more |= {"PYTHONPATH": str(ROOT), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    more |= {"PYTHONPATH": python_path(), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     if args.device == "cpu":
         more |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:

@@ -29,9 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.processes import FSDP2, run_ranks
+from tests.gpu.processes import FSDP2, python_path, run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"cuda": ("qwen3-30b-a3b", 4096, 12), "cpu": ("tiny", 32, 2)}
 """Shape, sequence and layers, by device."""
 LIMIT_S = 150
@@ -50,8 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     shape, sequence, layers = SIZES[args.device]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = FSDP2 | {"PYTHONPATH": os.pathsep.join(paths), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    environment = FSDP2 | {"PYTHONPATH": python_path(), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     if args.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     failed = False

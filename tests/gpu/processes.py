@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -42,6 +44,11 @@ class Ended:
     codes: list[int | None]
     outputs: list[str]
     seconds: float
+
+
+def python_path(*first: Path) -> str:
+    """PYTHONPATH of a rank: what comes first, this checkout, and this process's own."""
+    return os.pathsep.join([*map(str, first), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 PORTS = 15_000, 32_000

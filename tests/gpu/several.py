@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.load import drop_cache
-from tests.gpu.processes import FSDP2, LOSS_TOLERANCE, NORM_TOLERANCE, run_ranks
+from tests.gpu.processes import FSDP2, LOSS_TOLERANCE, NORM_TOLERANCE, python_path, run_ranks
 from tests.gpu.several_cases import ARMS, DEEPEP, KINDS, NEWER, UNWRAPPED, Case, judge, plan, tables, wrong
 
-ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
 LEAST_S = {"cuda": 30, "cpu": 20}
 """No case starts with less time left: imports, NCCL and the model take as long."""
@@ -235,10 +234,8 @@ def ranks(case: Case, args: argparse.Namespace, scratch: Path, limit_s: float) -
 
 def environment(case: Case, args: argparse.Namespace) -> dict[str, str]:
     """Variables of a case's ranks."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    if case.arm in NEWER and args.newer is not None:
-        paths.insert(0, str(args.newer.resolve()))
-    found = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    newer = [args.newer.resolve()] if case.arm in NEWER and args.newer is not None else []
+    found = {"PYTHONPATH": python_path(*newer), "PYTHONUNBUFFERED": "1"}
     found["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if args.device == "cpu":
         found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

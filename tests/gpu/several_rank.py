@@ -234,10 +234,11 @@ def steps(
     found: dict[str, Any] = {"losses": [mean(loss).item() for loss in losses], "norms": norms, "steps": timed}
     if timed:
         peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if device.type == "cuda" else ()
-        own = [statistics.median(whole_ms), statistics.median(without_ms), *(each / GIB for each in peaks)]
+        own = [statistics.median(whole_ms), statistics.median(without_ms), statistics.mean(whole_ms)]
+        own += [each / GIB for each in peaks]
         worst = [max(values) for values in zip(*gathered(own), strict=True)]
-        found |= {"ms": worst[0], "ms_without_optimizer": worst[1], "all_ms": whole_ms}
-        found |= dict(zip(("peak_gib", "peak_reserved_gib"), worst[2:] or (None, None), strict=True))
+        found |= dict(zip(("ms", "ms_without_optimizer", "mean_ms"), worst, strict=False)) | {"all_ms": whole_ms}
+        found |= dict(zip(("peak_gib", "peak_reserved_gib"), worst[3:] or (None, None), strict=True))
     return found
 
 
