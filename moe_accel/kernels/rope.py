@@ -3,8 +3,8 @@
     y1 = x1 * cos1 - x2 * sin1        backward: dx1 = dy1 * cos1 + dy2 * sin2
     y2 = x2 * cos2 + x1 * sin2                  dx2 = dy2 * cos2 - dy1 * sin1
 where x1, x2 are the halves of the last dimension. Su et al., "RoFormer" (2021), in the half-split form of Llama. Native
-takes five passes over q and k forward and as many backward. Angles of D/2 pairs, as GPT-OSS has them, are those of both
-halves.
+takes five passes over q and k forward and as many backward. GPT-OSS gives D/2 angles, by which both
+halves turn.
 
 Sizes: B batch, A attention heads, S sequence, D head dimension, W width of the angles: D or D/2.
 """
@@ -49,9 +49,8 @@ def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor
     y = torch.empty_like(x)
     cos, sin = cos.contiguous(), sin.contiguous()
     of_batch = cos.stride(0) if cos.shape[0] > 1 else 0
-    sizes = {"num_heads": num_heads, "half": width // 2}
-    blocks = {key: 1 << (size - 1).bit_length() for key, size in zip(("HEADS", "HALF"), sizes.values(), strict=True)}
-    sizes["angles"] = cos.shape[-1]
+    sizes = {"num_heads": num_heads, "half": width // 2, "angles": cos.shape[-1]}
+    blocks = {key: 1 << (size - 1).bit_length() for key, size in (("HEADS", num_heads), ("HALF", width // 2))}
     strides = (*x.stride(), *y.stride())
     grid = length, num_batches
     launch(_rotate_kernel, grid, x, cos, sin, y, of_batch, *strides, BACKWARD=backward, **sizes, **blocks)
@@ -83,12 +82,12 @@ def _rotate_kernel(
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     turn = batch * of_batch + token * angles + column
-    other = angles - half
+    second = angles - half  # where the angles of the second half begin
     narrow = column < half
     cos1 = tl.load(cos + turn, mask=narrow, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos + turn + other, mask=narrow, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + turn + second, mask=narrow, other=0.0).to(tl.float32)
     sin1 = tl.load(sin + turn, mask=narrow, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin + turn + other, mask=narrow, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + turn + second, mask=narrow, other=0.0).to(tl.float32)
     inside = narrow & (head < num_heads)
     source = x + batch * x_batch + token * x_token + head * x_head + column * x_column
     x1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)

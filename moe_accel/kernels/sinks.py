@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_accel.kernels.device import capability, launch, tl, triton
+from moe_accel.kernels.device import launch, tl, triton
 
 TOKENS = 64
 """Of a head that one program looks at."""
@@ -73,7 +73,7 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, scale:
     """Causal attention within each row, with sinks, by cuDNN.
 
     Args:
-        query: [B,Q,T,D] 16-bit floats on a GPU, as `fits_cudnn` wants them.
+        query: [B,Q,T,D] 16-bit floats on a GPU, for which sdpa would choose cuDNN.
         key: [B,K,T,D]; K divides Q.
         value: [B,K,T,V].
         sinks: [Q], in any float dtype.
@@ -83,15 +83,6 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, scale:
         [B,T,Q,V], contiguous; differentiable once, in all four.
     """
     return _Cudnn.apply(query, key, value, sinks, scale)  # pyright: ignore[reportReturnType]
-
-
-def fits_cudnn(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether cuDNN takes these [B,Q,T,D], and is what sdpa would choose: on Hopper and newer."""
-    if capability(query.device) < (9, 0):
-        return False
-    has_groups = query.shape[1] != key.shape[1]
-    asked = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, has_groups)
-    return torch.backends.cuda.can_use_cudnn_attention(asked)
 
 
 class _Flash(torch.autograd.Function):

@@ -14,27 +14,24 @@ from transformers import PreTrainedModel
 
 from moe_accel.padding import attention
 from moe_accel.padding.batch import Flat, Proof, by_name, flatten
-from moe_accel.padding.twin import prove, whole_beyond
+from moe_accel.padding.twin import implementation_of, prove
 from moe_accel.report import Choice
 
 
 def install(model: Any, asked: str | bool = "auto", compiled: bool = False) -> Choice:
     """Let a model leave out padding where that provably changes no number; returns what was chosen and why.
 
-    Attention with sinks, and with windows shorter than a row, is ours in batches without padding, too.
+    Attention that has no sdpa, or windows shorter than a row, is ours in batches without padding, too.
 
     Args:
         model: of transformers, its experts swapped.
         asked: `padding_free` of `moe_config`; False is what yaml makes of `off`.
         compiled: whether torch.compile is to compile it.
     """
-    why_not = "torch.compile wants batches of one shape" if compiled else _why_not(model)
     if asked in ("off", False):
-        off = "asked for: padding_free: off"
-        proof = why_not or (off if whole_beyond(model) is None else prove(model))
-        proof = off if isinstance(proof, str) else Proof(off, left=False, packed=False, whole_beyond=proof.whole_beyond)
-    else:
-        proof = why_not or prove(model)
+        return Choice("computed", "asked for: padding_free: off")
+    why_not = "torch.compile wants batches of one shape" if compiled else _why_not(model)
+    proof = why_not or prove(model)
     if isinstance(proof, str):
         return Choice("computed", proof)
     attention.install()
@@ -42,7 +39,7 @@ def install(model: Any, asked: str | bool = "auto", compiled: bool = False) -> C
         model.register_forward_pre_hook(_before, with_kwargs=True)
         model.register_forward_hook(_after, always_call=True)
     model._moe_accel_padding = proof
-    _attend_with_sinks(model)
+    _attend_without_sdpa(model)
     if proof.why_not:
         return Choice("computed", proof.why_not)
     but = [name for name, held in (("rows padded on the left", proof.left), ("packed rows", proof.packed)) if not held]
@@ -55,18 +52,28 @@ def told_of_attention(model: Any) -> list[str]:
     proof: Proof | None = getattr(model, "_moe_accel_padding", None)
     if proof is None or proof.whole_beyond is None:
         return []
-    has_sinks = model.config.get_text_config()._attn_implementation == attention.WITH_SINKS
-    what = "with sinks" if has_sinks else f"in windows of {proof.whole_beyond} tokens"
-    instead = "all scores [T, T], which transformers computes" if has_sinks else "a mask [T, T]"
-    return [f"attention {what} in training with labels by flash attention, instead of {instead}"]
+    if implementation_of(model) == attention.NO_SDPA:
+        what, instead = "for which transformers has no sdpa", "all scores [T, T]"
+    else:
+        what, instead = f"in windows of {proof.whole_beyond} tokens", "a mask [T, T] of longer rows"
+    return [f"attention {what} by flash attention, of 16-bit floats where no cache is asked for, instead of {instead}"]
 
 
-def _attend_with_sinks(model: Any) -> None:
+def _attend_without_sdpa(model: Any) -> None:
     """Ours where a model has no sdpa; for anything but a `Packed`, it is the model's own eager attention still."""
     config = model.config.get_text_config()
     for each in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
         if type(each) is type(config) and each._attn_implementation == "eager":
-            each._attn_implementation = attention.WITH_SINKS
+            each._attn_implementation = attention.NO_SDPA
+
+
+def _is_as_proven(model: Any) -> bool:
+    """Whether masks are still made as was proven: other attention, or a compiled model inside, knows no `Packed`."""
+    if model.config.get_text_config()._attn_implementation not in ("sdpa", attention.NO_SDPA):
+        return False
+    inner = [model, getattr(model, model.base_model_prefix, model), getattr(model, "language_model", model)]
+    inner.append(getattr(inner[1], "language_model", model))
+    return not any(each._compiled_call_impl or type(each).__name__ == "OptimizedModule" for each in inner)
 
 
 def _why_not(model: Any) -> str | None:
@@ -77,7 +84,7 @@ def _why_not(model: Any) -> str | None:
     if known == "eager" and not model._supports_sdpa:
         if getattr(config, "output_attentions", False):
             return "attention weights are asked for"
-    elif known not in ("sdpa", attention.WITH_SINKS):
+    elif known not in ("sdpa", attention.NO_SDPA):
         return f"attn_implementation is {known}, and must be sdpa"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "device_map spreads its layers"
@@ -95,7 +102,7 @@ def _before(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     """Around a forward of the model, before."""
     attention.current.set(None)
     proof: Proof = model._moe_accel_padding
-    named = None if torch.compiler.is_compiling() else by_name(model, args, kwargs)
+    named = by_name(model, args, kwargs) if not torch.compiler.is_compiling() and _is_as_proven(model) else None
     flat = None if named is None else flatten(model, named, proof)
     if isinstance(flat, str) and not hasattr(model, "_moe_accel_padding_told"):
         model._moe_accel_padding_told = True

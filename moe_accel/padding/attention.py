@@ -4,8 +4,9 @@ transformers makes a mask once a forward and hands it to every attention layer. 
 where the sequences begin; recompute gets it too, as an argument of the layer. Nothing but our attention can compute
 with it: a layer that does anything else with its mask stops, and does not attend where it should not.
 
-transformers has no sdpa for models with sinks (GPT-OSS and its like), whose attention makes all scores [T,T] of every
-head. `WITH_SINKS` is an implementation for them: their own eager function, and with a `Packed` the attention here.
+transformers has no sdpa for some models, such as those with sinks (GPT-OSS and its like), whose attention makes all
+scores [T,T] of every head. `NO_SDPA` is an implementation for them: their own eager function, and with a `Packed` the
+attention here.
 
 Sizes: N tokens, Q query heads, K key/value heads, D their width, V that of values.
 """
@@ -21,20 +22,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.varlen import varlen_attn
 from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from moe_accel.errors import UnsupportedModelError
-from moe_accel.kernels import sinks as sinks_of_flash
+from moe_accel.kernels import sinks as sink_kernels
 from moe_accel.kernels.device import HAS_TRITON, as_autocast, capability
 from moe_accel.padding.rows import Rows
 
 current: ContextVar[Rows | None] = ContextVar("current", default=None)
 """The tokens of the batch that a model computes now, while it makes its masks."""
 
-WITH_SINKS = "moe_accel"
+windows: ContextVar[set[int | None] | None] = ContextVar("windows", default=None)
+"""The windows of the masks that were made, where somebody wants to know."""
+
+NO_SDPA = "moe_accel"
 """The name of an attention implementation, as in `config._attn_implementation`."""
 
 _MARK = "_moe_accel_packed"
@@ -54,13 +59,16 @@ class Packed:
 
 
 def install() -> None:
-    """Let transformers' `sdpa` attention know packed sequences, and attention with sinks; all else stays as it was."""
+    """Let transformers' `sdpa` attention know packed sequences, and add `NO_SDPA`; all else stays as it was."""
     for interface, around in ((AttentionMaskInterface, _mask), (AttentionInterface, _attention)):
         known = interface._global_mapping["sdpa"]
         if not hasattr(known, _MARK):
             interface.register("sdpa", around(known))
-    AttentionMaskInterface.register(WITH_SINKS, _mask(masking_utils.eager_mask))
-    AttentionInterface.register(WITH_SINKS, _attention(_eager))
+    AttentionMaskInterface.register(NO_SDPA, _mask(masking_utils.eager_mask))
+    AttentionInterface.register(NO_SDPA, _attention(_eager))
+    AttentionInterface.register(
+        f"paged|{NO_SDPA}", AttentionInterface._global_mapping["paged|eager"]
+    )  # generate_batch's
 
 
 def eager_of(module: nn.Module) -> Callable | None:
@@ -80,7 +88,13 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _mask(original: Callable) -> Callable:
     def packed_mask(*args: Any, **kwargs: Any) -> Any:
         rows = None if torch.compiler.is_compiling() else current.get()
-        return original(*args, **kwargs) if rows is None else Packed(rows, window_of(**kwargs))
+        if rows is None:
+            return original(*args, **kwargs)
+        packed = Packed(rows, window_of(**kwargs))
+        asked = windows.get()
+        if asked is not None:
+            asked.add(packed.window)
+        return packed
 
     setattr(packed_mask, _MARK, True)
     return packed_mask
@@ -155,7 +169,9 @@ def attend(
         if not fits_kernel(query, value) or (sinks is not None and not HAS_TRITON):
             return by_sequence(query, key, value, mask, scale, sinks)
         if mask.window is None and len(set(mask.rows.lengths)) == 1:
-            return by_row(query, key, value, mask, scale, sinks)
+            done = by_row(query, key, value, mask, scale, sinks)
+            if done is not None:
+                return done
         return by_kernel(query, key, value, mask, scale, sinks)
 
 
@@ -188,8 +204,8 @@ def by_kernel(
     bounds, longest = mask.rows.bounds, max(mask.rows.lengths)
     window = None if mask.window is None or mask.window >= longest else mask.window
     if sinks is not None:
-        span = sinks_of_flash.Span(bounds, longest, window, scale)
-        out = sinks_of_flash.attend(query, key, value, sinks, span)
+        span = sink_kernels.Span(bounds, longest, window, scale)
+        out = sink_kernels.attend(query, key, value, sinks, span)
     else:
         sizes = (-1 if window is None else window - 1, 0)
         out: Any = varlen_attn(
@@ -200,19 +216,31 @@ def by_kernel(
 
 def by_row(
     query: Tensor, key: Tensor, value: Tensor, mask: Packed, scale: float, sinks: Tensor | None = None
-) -> Tensor:
-    """`attend` of sequences of one length without windows, as rows: cuDNN is faster than `by_kernel`."""
+) -> Tensor | None:
+    """`attend` of sequences of one length without windows, by the kernel that sdpa chooses for them as rows.
+
+    cuDNN is faster than `by_kernel`. None where sdpa has no kernel for them, or with sinks another one than cuDNN.
+    """
     num_rows = len(mask.rows.lengths)
     q, k, v = (each[0].unflatten(1, (num_rows, -1)).transpose(0, 1) for each in (query, key, value))
+    chosen = sdpa_choice(q, k, v, scale)
+    if chosen == SDPBackend.MATH or (sinks is not None and chosen != SDPBackend.CUDNN_ATTENTION):
+        return None
     if sinks is None:
-        has_groups = query.shape[1] != key.shape[1]
+        has_groups = q.shape[1] != k.shape[1]
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=has_groups)
         out = out.transpose(1, 2)
-    elif sinks_of_flash.fits_cudnn(q, k, v):
-        out = sinks_of_flash.attend_rows(q, k, v, sinks, scale)
     else:
-        return by_kernel(query, key, value, mask, scale, sinks)
+        out = sink_kernels.attend_rows(q, k, v, sinks, scale)
     return out.flatten(0, 1).contiguous().unsqueeze(0)
+
+
+def sdpa_choice(query: Tensor, key: Tensor, value: Tensor, scale: float) -> SDPBackend:
+    """The kernels that sdpa would compute causal rows [B,Q,T,D] with."""
+    has_groups = query.shape[1] != key.shape[1]
+    choice: Any = torch
+    chosen = choice._fused_sdp_choice(query, key, value, None, 0.0, True, scale=scale, enable_gqa=has_groups)
+    return next((each for each in SDPBackend.__members__.values() if each.value == chosen), SDPBackend.MATH)
 
 
 def by_sequence(

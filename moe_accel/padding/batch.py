@@ -59,7 +59,8 @@ def flatten(model: Any, kwargs: dict[str, Any], proof: Proof) -> Flat | str | No
     """A batch that has padding or several sequences in a row, as one row of its tokens.
 
     Args:
-        model: of transformers; padding is left out in training with labels only.
+        model: of transformers. Padding is left out in training with labels only; a batch without any may be computed
+            as one row wherever no cache is asked for, too.
         kwargs: what it is called with.
         proof: which batches may be.
 
@@ -79,27 +80,28 @@ def flatten(model: Any, kwargs: dict[str, Any], proof: Proof) -> Flat | str | No
     if not alike or asks_more or not isinstance(keeps, int) or keeps:
         return None
     trains = labels is not None and model.training
-    if mask is not None:
-        return _without_padding(kwargs, proof) if trains else None
-    # transformers heeds packed sequences without a cache only
     cached = "use_cache" not in given and getattr(model.config.get_text_config(), "use_cache", False)
-    rows, is_whole = None, positions is None or cached
-    if positions is not None and not cached and proof.packed and ids.numel():
-        rows = of_positions(positions)
-        is_whole = rows is None
-    if is_whole and trains:
-        rows = _whole(ids, proof)
-    return None if rows is None else _flat(kwargs, rows)
+    whole = _whole(ids, proof) if trains or not cached else None
+    if mask is not None and trains:
+        return _without_padding(kwargs, proof, whole)
+    if mask is not None:
+        return _flat(kwargs, whole) if whole is not None and bool((mask != 0).all()) else None
+    # transformers heeds packed sequences without a cache only
+    looks = positions is not None and not cached and ids.numel() and (proof.packed or whole is not None)
+    rows = of_positions(positions) if looks and positions is not None else None
+    if rows is None:
+        return None if whole is None else _flat(kwargs, whole)
+    return _flat(kwargs, rows) if proof.packed else None
 
 
-def _without_padding(kwargs: dict[str, Any], proof: Proof) -> Flat | str | None:
-    ids, mask, labels = kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"]
-    if proof.why_not and _whole(ids, proof) is None:
+def _without_padding(kwargs: dict[str, Any], proof: Proof, whole: Rows | None) -> Flat | str | None:
+    mask, labels = kwargs["attention_mask"], kwargs["labels"]
+    if proof.why_not and whole is None:
         return None
     found = of_mask(mask, labels)
     if proof.why_not and not found.is_whole:
         return None
-    rows = _whole(ids, proof) if found.is_whole else found.rows
+    rows = whole if found.is_whole else found.rows
     if rows is None:
         return found.why_not
     if found.left and not proof.left:

@@ -81,6 +81,7 @@ SMALL: dict[str, int] = {
 """Sizes in the copy, of those that a config has and that are larger there. Any will do that fit together."""
 
 SMALL_GROUP = 4
+"""Tokens of a group in the copy, of layers that attend to groups: fewer than a sequence there has."""
 LENGTHS = (13, 20, 6)
 NUM_LAYERS = (2, 4, 8, 16, 32)
 TOLERANCE = 1e-4
@@ -132,9 +133,7 @@ def _prove(model: PreTrainedModel) -> Proof | str:
         return f"a small copy to try it on cannot be made: {_said(error)}"
     if isinstance(twin, str):
         return twin
-    beyond = whole_beyond(model)
-    if beyond is not None and _compare(twin, _whole()) is not None:
-        beyond = None
+    beyond = _whole_beyond(model, twin)
     why_not = _compare(twin, _batch(left=False)) or ""
     if why_not:
         return why_not if beyond is None else Proof(why_not, left=False, packed=False, whole_beyond=beyond)
@@ -143,17 +142,25 @@ def _prove(model: PreTrainedModel) -> Proof | str:
 
 
 def implementation_of(model: PreTrainedModel) -> str:
-    """The attention that proves a model: sdpa, or its own eager one where it has no sdpa."""
-    is_eager = model.config.get_text_config()._attn_implementation != "sdpa"
-    return attention.WITH_SINKS if is_eager else "sdpa"
+    """The attention that a model is proven with: sdpa, or `NO_SDPA` where it has none."""
+    return "sdpa" if model.config.get_text_config()._attn_implementation == "sdpa" else attention.NO_SDPA
 
 
-def whole_beyond(model: PreTrainedModel) -> int | None:
-    """See `Proof`: with sinks transformers computes all scores [T,T], with windows shorter than T a mask of them."""
-    if implementation_of(model) == attention.WITH_SINKS:
-        return 0
+def _whole_beyond(model: PreTrainedModel, twin: PreTrainedModel) -> int | None:
+    """See `Proof`: without sdpa transformers computes all scores [T,T], in windows shorter than T a mask of them."""
+    has_sdpa = implementation_of(model) == "sdpa"
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return window if type(window) is int else None
+    if has_sdpa and not (type(window) is int and window > 0):
+        return None
+    asked: set[int | None] = set()
+    token = attention.windows.set(asked)
+    try:
+        differs = _compare(twin, _whole()) is not None
+    finally:
+        attention.windows.reset(token)
+    if differs or (has_sdpa and asked <= {None}):  # no layer has the window
+        return None
+    return window if has_sdpa else 0
 
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel | str:
@@ -242,6 +249,9 @@ def _compare(twin: PreTrainedModel, batch: dict[str, Any]) -> str | None:
     flat = flatten(twin, batch, Proof(whole_beyond=0))
     assert isinstance(flat, Flat)
     more: dict[str, Any] = {"use_cache": False}
+    text = twin.config.get_text_config()
+    ours = text._attn_implementation
+    text._attn_implementation = "sdpa" if ours == "sdpa" else "eager"
     try:
         try:
             expected = _run(twin, batch | more | {"output_router_logits": True})
@@ -250,6 +260,8 @@ def _compare(twin: PreTrainedModel, batch: dict[str, Any]) -> str | None:
             expected = _run(twin, batch | more)
     except Exception as error:
         return f"a small copy of the model does not compute a padded batch: {_said(error)}"
+    finally:
+        text._attn_implementation = ours
     token = attention.current.set(flat.rows)
     try:
         found = _run(twin, flat.kwargs | more, recomputed=True)

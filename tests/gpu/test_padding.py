@@ -34,7 +34,9 @@ SHAPES = {
     "gpt-oss": (64, 8, 64, 64, None, LENGTHS, True),
     "gpt-oss-window": (64, 8, 64, 64, 128, LENGTHS, True),
     "gpt-oss-one-length": (64, 8, 64, 64, None, EQUAL, True),
+    "gpt-oss-odd-length": (64, 8, 64, 64, None, (201, 201), True),
     "mimo": (64, 8, 192, 128, 128, EQUAL, True),
+    "mimo-all-tokens": (64, 4, 192, 128, None, EQUAL, False),
 }
 """Heads of queries, of keys and values, width, of values, window, lengths of sequences, whether there are sinks."""
 

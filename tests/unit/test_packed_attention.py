@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -12,7 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 from moe_accel.errors import UnsupportedModelError
 from moe_accel.kernels import sinks
 from moe_accel.padding import attention
-from moe_accel.padding.attention import Packed, attend, by_sequence, fits_kernel, window_of
+from moe_accel.padding.attention import Packed, attend, by_sequence, fits_kernel, sdpa_choice, window_of
 from moe_accel.padding.rows import Rows
 
 LENGTHS = (5, 1, 0, 12, 7)
@@ -189,12 +190,31 @@ def row_scores(query, key, value, scale):
     return scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf), value
 
 
+@pytest.mark.parametrize(
+    ("has_sinks", "chosen"),
+    [(False, SDPBackend.MATH), (True, SDPBackend.MATH), (True, SDPBackend.FLASH_ATTENTION)],
+)
+def test_rows_that_sdpa_has_no_kernel_for_are_sequences(has_sinks, chosen, monkeypatch):
+    for name, value in {"fits_kernel": lambda *_: True, "HAS_TRITON": True, "sdpa_choice": lambda *_: chosen}.items():
+        monkeypatch.setattr(attention, name, value)
+    monkeypatch.setattr(attention, "by_kernel", lambda *given: given)
+    mask = Packed(Rows(2, 4, (4, 4), torch.tensor([0, 4, 8], dtype=torch.int32), None), None)
+    some = torch.zeros(4) if has_sinks else None
+    assert attend(*(each[:, :, :8] for each in operands()), mask, 0.3, some)[-3:] == (mask, 0.3, some)
+
+
+def test_the_choice_is_that_of_sdpa():
+    query, key, value = (torch.zeros(1, heads, 8, 16) for heads in (4, 2, 2))
+    assert sdpa_choice(query, key, value, 0.3) in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
+
+
 @pytest.mark.parametrize("has_sinks", [False, True], ids=["sdpa", "sinks"])
 def test_rows_of_one_length_without_windows_are_rows(has_sinks, monkeypatch):
     monkeypatch.setattr(attention, "by_kernel", lambda *_: pytest.fail("flash attention"))
     for name, value in {"fits_kernel": lambda *_: True, "HAS_TRITON": True}.items():
         monkeypatch.setattr(attention, name, value)
-    stand_in(monkeypatch, cudnn_forward=cudnn, cudnn_backward=cudnn_backward, fits_cudnn=lambda *_: True)
+    stand_in(monkeypatch, cudnn_forward=cudnn, cudnn_backward=cudnn_backward)
+    monkeypatch.setattr(attention, "sdpa_choice", lambda *_: SDPBackend.CUDNN_ATTENTION)
     generator = torch.Generator().manual_seed(0)
     sizes = (4, 16), (2, 16), (2, 8)
     tensors = [

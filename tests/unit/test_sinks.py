@@ -1,11 +1,13 @@
 """Attention with sinks, or windows shorter than a row, is ours in batches without padding, too: the same numbers."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers.modeling_utils import AttentionInterface
 
 from moe_accel import padding
 from moe_accel.padding import attention
@@ -14,7 +16,10 @@ from tests.unit.test_padding import LENGTHS, SAME, WIDTH, assert_same, pair, rag
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SINKS = [name for name in ("gpt_oss", "mimo_v2_flash", "deepseek_v4", "flint") if name in available_families()]
+SINKS = ["gpt_oss", "mimo_v2_flash", "deepseek_v4"]
+IN_FP32 = {"granitemoe_swa": "computed", "flint": "left out"}
+"""Families whose softmax with sinks is in fp32 whatever the dtype, and what becomes of padding: in a row of nothing
+else, granitemoe_swa of transformers has a gradient of nan."""
 WINDOWS = ["mixtral", "afmoe", "gemma4"]
 WHOLE = (1, len(LENGTHS) * WIDTH)
 
@@ -51,23 +56,59 @@ def test_recompute_has_sinks_too(reentrant):
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
-def test_padding_free_off_is_of_padding(family):
-    model = build_tiny(family, torch.float64)
-    model.set_experts_implementation("eager")
-    ours = copy.deepcopy(model)
-    assert str(padding.install(ours, "off")) == "computed (asked for: padding_free: off)"
-    ours.num_computed = []
-    ours.get_input_embeddings().register_forward_hook(lambda _, args, __: ours.num_computed.append(args[0].shape))
-    assert_same_whole(model, ours)
-    torch.testing.assert_close(ours(**ragged()).loss, model(**ragged()).loss, **SAME)
-    assert ours.num_computed[2:] == [(len(LENGTHS), WIDTH)]
+def test_padding_free_off_leaves_all_to_transformers(family):
+    model = build_tiny(family)
+    before = model.config._attn_implementation
+    assert str(padding.install(model, "off")) == "computed (asked for: padding_free: off)"
+    assert (model.config._attn_implementation, len(model._forward_pre_hooks)) == (before, 0)
+    assert padding.told_of_attention(model) == []
+
+
+@pytest.mark.parametrize(("family", "batch"), [("gpt_oss", full), ("gpt_oss", ragged), ("mixtral", full)])
+def test_another_attention_chosen_later_gets_the_batch_as_it_is(family, batch):
+    model, ours = pair(family)
+    for each in (model, ours):
+        each.set_attn_implementation("eager")
+    torch.testing.assert_close(ours(**batch()).loss, model(**batch()).loss, **SAME)
+    assert ours.num_computed == [(len(LENGTHS), WIDTH)]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # that the compiler looks at
+def test_a_decoder_that_is_compiled_later_gets_the_batch_as_it_is(family, wrapped):
+    model, ours = pair(family)
+    ours.get_input_embeddings()._forward_hooks.clear()  # no list for the compiler to look at
+    if wrapped:
+        ours.model = torch.compile(ours.model, backend="eager")
+    else:
+        ours.model.compile(backend="eager")
+    for batch in (full(), ragged()):
+        torch.testing.assert_close(ours(**batch).loss, model(**batch).loss, **SAME)
+
+
+def test_generation_in_batches_finds_an_attention():
+    model, ours = pair("gpt_oss")
+    for each in (model, ours):
+        each.set_attn_implementation(f"paged|{each.config._attn_implementation}")
+    of_ours = AttentionInterface._global_mapping[ours.config._attn_implementation]
+    assert of_ours is AttentionInterface._global_mapping["paged|eager"]
 
 
 def test_rows_within_the_window_stay_as_they_are():
     model, ours = pair("mixtral", sliding_window=WIDTH)
     torch.testing.assert_close(ours(**full()).loss, model(**full()).loss, **SAME)
     assert ours.num_computed == [(len(LENGTHS), WIDTH)]
-    assert padding.told_of_attention(pair("mixtral", sliding_window=None)[1]) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("mixtral", {"sliding_window": None}), ("qwen2_moe", {}), ("dots1", {})]
+)
+def test_a_window_that_no_layer_has_is_none(family, config):
+    model, ours = pair(family, **config)
+    torch.testing.assert_close(ours(**full()).loss, model(**full()).loss, **SAME)
+    assert ours.num_computed == [(len(LENGTHS), WIDTH)]
+    assert padding.told_of_attention(ours) == []
 
 
 def test_what_is_not_trained_is_computed_by_transformers():
@@ -89,9 +130,35 @@ def test_what_is_not_trained_is_computed_by_transformers():
     assert ours.num_computed[-2:] == [(len(LENGTHS), WIDTH)] * 2
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_without_a_cache_evaluation_and_losses_of_ones_own_are_ours_too(masked, training):
+    model, ours = pair("gpt_oss")
+    batch = full(masked)
+    for each in (model, ours):
+        each.train(training)
+        each.config.use_cache = False  # as Trainer does
+    found, expected = (each(batch["input_ids"], attention_mask=batch.get("attention_mask")) for each in (ours, model))
+    torch.testing.assert_close(found.logits, expected.logits, **SAME)
+    assert found.past_key_values is None
+    padded = ragged()["attention_mask"]
+    found, expected = (each(batch["input_ids"], attention_mask=padded).logits for each in (ours, model))
+    assert torch.equal(found, expected)
+    assert ours.num_computed == [WHOLE, (len(LENGTHS), WIDTH)]
+
+
+def test_packed_rows_that_transformers_keeps_apart_are_not_taken_for_whole_ones():
+    model, ours = pair("gpt_oss")
+    ours._moe_accel_padding = dataclasses.replace(ours._moe_accel_padding, packed=False)
+    batch = full(masked=False) | {"use_cache": False}
+    batch["position_ids"] = torch.arange(WIDTH).remainder(7).expand(len(LENGTHS), -1)
+    torch.testing.assert_close(ours(**batch).loss, model(**batch).loss, **SAME)
+    assert ours.num_computed == [(len(LENGTHS), WIDTH)]
+
+
 def test_the_config_that_is_saved_says_nothing_of_it(tmp_path):
     model, ours = pair("gpt_oss")
-    assert ours.config._attn_implementation == attention.WITH_SINKS
+    assert ours.config._attn_implementation == attention.NO_SDPA
     assert ours.config.to_dict() == model.config.to_dict()
     ours.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
@@ -100,8 +167,8 @@ def test_the_config_that_is_saved_says_nothing_of_it(tmp_path):
 
 def test_the_report_says_so():
     notes = [padding.told_of_attention(pair(family)[1]) for family in ("gpt_oss", "mixtral", "qwen3_moe")]
-    assert ["with sinks" in "".join(each) for each in notes] == [True, False, False]
-    assert "attention in windows of 8 tokens in training with labels by flash attention" in notes[1][0]
+    assert "attention for which transformers has no sdpa by flash attention" in notes[0][0]
+    assert "attention in windows of 8 tokens by flash attention" in notes[1][0]
     assert notes[2] == []
 
 
@@ -125,13 +192,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("asked", ["auto", "off"])
-def test_attention_that_cannot_be_ours_stays(change, asked):
+def test_attention_that_cannot_be_ours_stays(change):
     model = build_tiny("gpt_oss")
     change(model)
     before = model.config._attn_implementation
-    reason = padding.install(model, asked).reason
-    assert reason == ("asked for: padding_free: off" if asked == "off" else REFUSED[change])
+    assert padding.install(model).reason == REFUSED[change]
     assert (model.config._attn_implementation, len(model._forward_pre_hooks)) == (before, 0)
     assert padding.told_of_attention(model) == []
 
@@ -142,11 +207,12 @@ def test_layers_that_see_groups_of_tokens_are_seen_by_the_proof(kind):
     assert "a layer does more than attend with its mask" in padding.install(model).reason
 
 
-def test_padding_that_gives_no_gradients_leaves_other_batches():
-    model = build_tiny("granitemoe_swa", torch.float64)  # a row of padding alone has a gradient of nan in transformers
+@pytest.mark.parametrize("family", [name for name in IN_FP32 if name in available_families()])
+def test_a_softmax_in_fp32_is_as_near_as_fp32(family):
+    model = build_tiny(family, torch.float64)
     model.set_experts_implementation("eager")
     ours = copy.deepcopy(model)
-    assert padding.install(ours).value == "computed"
+    assert padding.install(ours).value == IN_FP32[family]
     ours.num_computed = []
     ours.get_input_embeddings().register_forward_hook(lambda _, args, __: ours.num_computed.append(args[0].shape))
     gradients = []
@@ -154,7 +220,6 @@ def test_padding_that_gives_no_gradients_leaves_other_batches():
         each(**full()).loss.backward()
         gradients.append(torch.cat([parameter.grad.view(-1) for parameter in each.parameters()]))
     assert ours.num_computed == [WHOLE]
-    # its softmax is in fp32, whatever the dtype
     assert (gradients[1] - gradients[0]).norm() <= 1e-6 * gradients[0].norm()
 
 
