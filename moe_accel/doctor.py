@@ -163,9 +163,8 @@ def _transformer_engine() -> Iterator[Part]:
 
     problem = te.problem(_device())
     what = problem or "kernels: te, its grouped GEMM in the experts; and its FusedAdam with any Trainer or loop"
-    yield Part(
-        "transformer_engine", te.version(), problem is None, False, what, "" if te.is_installed() else te.INSTALL
-    )
+    fix = te.INSTALL if _device().type == "cuda" and not te.is_installed() else ""
+    yield Part("transformer_engine", te.version(), problem is None, False, what, fix)
 
 
 def _liger() -> Iterator[Part]:

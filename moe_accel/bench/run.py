@@ -17,6 +17,7 @@ import moe_accel
 from moe_accel.bench.options import Case, Options
 from moe_accel.bench.shapes import SHAPES
 from moe_accel.config import ENV_VAR
+from moe_accel.errors import ConfigError
 from moe_accel.version import VERSION
 
 SCHEMA = 1
@@ -41,9 +42,11 @@ def run(
         keep: called with the report so far after every row, for who may be killed before the end.
 
     Raises:
-        ConfigError: the options break a rule.
+        ConfigError: the options break a rule, or ask for a GPU where there is none.
     """
     options.check()
+    if options.device == "cuda" and not _has_gpu():
+        raise ConfigError("device=cuda, but this torch sees no CUDA GPU", "moe-accel doctor says why; --device cpu")
     say = say or (lambda line: None)
     report: dict[str, Any] = {
         "schema": SCHEMA,
@@ -204,6 +207,12 @@ def per_layer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _described(name: str) -> dict[str, Any]:
     shape = SHAPES[name]
     return {"model": shape.released or None, "layers": shape.released_layers, "note": shape.note or None}
+
+
+def _has_gpu() -> bool:
+    """Asked in a process of its own: this one imports no torch."""
+    asked = "import torch; raise SystemExit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", asked], capture_output=True, check=False).returncode == 0
 
 
 def _version(package: str) -> str | None:

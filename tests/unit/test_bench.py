@@ -249,3 +249,11 @@ def test_ms_per_layer_is_the_difference_of_neighbouring_depths():
     rows += [case | {"layers": 12, "arm": "moe_accel", "median_ms": 1.0}, case | {"layers": 16, "error": "too large"}]
     found = {tuple(each["layers"]): each["ms_per_layer"] for each in per_layer(rows)}
     assert found == {(4, 8): 5.0, (8, 12): 7.0}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_before_anything_runs():
+    command = [sys.executable, "-m", "moe_accel", "bench", "--suite", "kernel", "--shape", "tiny", "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: device=cuda, but this torch sees no CUDA GPU\nhint: moe-accel doctor")

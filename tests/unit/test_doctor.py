@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from moe_accel import cli, doctor
 from moe_accel.dispatch import deepep, topology
+from moe_accel.kernels import te
 from moe_accel.version import VERSION
 
 
@@ -51,7 +52,14 @@ def test_as_text_each_part_is_a_line_and_its_fix_the_next():
     assert code == 0
     assert f"ok     torch               {metadata.version('torch')}  (>=2.11 is supported)\n" in printed
     assert "no     transformer_engine  (it needs a CUDA GPU, and this process computes on cpu)" in printed
-    assert "fix: pip install --no-build-isolation 'transformer-engine[pytorch]>=2.17'\n" in printed
+    assert "fix: pip install torch, from pytorch.org\n" in printed
+    assert "'transformer-engine[pytorch]" not in printed  # nothing to compute with it on
+
+
+def test_with_a_gpu_transformer_engine_has_its_command(monkeypatch):
+    monkeypatch.setattr(doctor, "_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(te, "problem", lambda device: "it is not installed")
+    assert part("transformer_engine").fix == "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.17'"
 
 
 def test_a_package_that_is_too_old_is_a_fault_with_its_command(monkeypatch):
