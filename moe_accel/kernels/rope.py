@@ -3,8 +3,8 @@
     y1 = x1 * cos1 - x2 * sin1        backward: dx1 = dy1 * cos1 + dy2 * sin2
     y2 = x2 * cos2 + x1 * sin2                  dx2 = dy2 * cos2 - dy1 * sin1
 where x1, x2 are the halves of the last dimension. Su et al., "RoFormer" (2021), in the half-split form of Llama. Native
-takes five passes over q and k forward and as many backward. GPT-OSS gives D/2 angles, by which both
-halves turn.
+takes five passes over q and k forward and as many backward. GPT-OSS gives D/2
+angles, by which both halves turn.
 
 Sizes: B batch, A attention heads, S sequence, D head dimension, W width of the angles: D or D/2.
 """

@@ -100,6 +100,7 @@ def _why_not(model: Any) -> str | None:
 
 def _before(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Around a forward of the model, before."""
+    attention.install()  # a model that was pickled may be in another process now
     attention.current.set(None)
     proof: Proof = model._moe_accel_padding
     named = by_name(model, args, kwargs) if not torch.compiler.is_compiling() and _is_as_proven(model) else None

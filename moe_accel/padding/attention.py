@@ -64,11 +64,11 @@ def install() -> None:
         known = interface._global_mapping["sdpa"]
         if not hasattr(known, _MARK):
             interface.register("sdpa", around(known))
-    AttentionMaskInterface.register(NO_SDPA, _mask(masking_utils.eager_mask))
-    AttentionInterface.register(NO_SDPA, _attention(_eager))
-    AttentionInterface.register(
-        f"paged|{NO_SDPA}", AttentionInterface._global_mapping["paged|eager"]
-    )  # generate_batch's
+    if NO_SDPA not in AttentionInterface._global_mapping:
+        of_generate_batch = AttentionInterface._global_mapping["paged|eager"]
+        AttentionInterface.register(f"paged|{NO_SDPA}", of_generate_batch)
+        AttentionMaskInterface.register(NO_SDPA, _mask(masking_utils.eager_mask))
+        AttentionInterface.register(NO_SDPA, _attention(_eager))
 
 
 def eager_of(module: nn.Module) -> Callable | None:

@@ -12,6 +12,7 @@ from transformers.modeling_utils import AttentionInterface
 from moe_accel import padding
 from moe_accel.padding import attention
 from tests.families import available_families, build_tiny
+from tests.unit.fresh_python import python
 from tests.unit.test_padding import LENGTHS, SAME, WIDTH, assert_same, pair, ragged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,8 +139,12 @@ def test_without_a_cache_evaluation_and_losses_of_ones_own_are_ours_too(masked, 
     for each in (model, ours):
         each.train(training)
         each.config.use_cache = False  # as Trainer does
-    found, expected = (each(batch["input_ids"], attention_mask=batch.get("attention_mask")) for each in (ours, model))
+    labels = None if training else batch["labels"]
+    more = {"attention_mask": batch.get("attention_mask"), "labels": labels}
+    found, expected = (each(batch["input_ids"], **more) for each in (ours, model))
     torch.testing.assert_close(found.logits, expected.logits, **SAME)
+    if not training:
+        torch.testing.assert_close(found.loss, expected.loss, **SAME)
     assert found.past_key_values is None
     padded = ragged()["attention_mask"]
     found, expected = (each(batch["input_ids"], attention_mask=padded).logits for each in (ours, model))
@@ -163,6 +168,24 @@ def test_the_config_that_is_saved_says_nothing_of_it(tmp_path):
     ours.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert loaded.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_a_model_that_was_written_whole_computes_in_another_process(family, tmp_path):
+    _, ours = pair(family)
+    ours.get_input_embeddings()._forward_hooks.clear()  # a function of this file
+    batches = full(), ragged(), full() | {"use_cache": True}
+    torch.save((ours, batches, [ours(**batch).loss for batch in batches]), tmp_path / "model.pt")
+    done = python(
+        f"""
+        import torch
+        model, batches, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+        for batch, loss in zip(batches, expected):
+            torch.testing.assert_close(model(**batch).loss, loss)
+        print("the same")
+        """
+    )
+    assert done.stdout == "the same\n", done.stderr
 
 
 def test_the_report_says_so():
