@@ -102,7 +102,7 @@ SHAPES = {
         },
         24,
         "openai/gpt-oss-20b",
-        "weights in bf16, not mxfp4; eager attention (no sdpa with sinks in transformers)",
+        "weights in bf16, not mxfp4; transformers attends eagerly (it has no sdpa with sinks)",
     ),
     "nemotron-3-nano": Shape(
         "nemotron_h",

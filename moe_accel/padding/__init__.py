@@ -1,5 +1,7 @@
 """Batches without their padding: only the tokens that are there are computed, one sequence after the other.
 
+So are batches that have none, where transformers has no fast attention for them: with sinks, or windows shorter than T.
+
 batch.py       [B,T] becomes [1,N] before a forward, and what comes out [B,T] again
 rows.py        which tokens those are
 attention.py   attention within each sequence
