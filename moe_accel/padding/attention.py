@@ -65,8 +65,8 @@ def install() -> None:
         if not hasattr(known, _MARK):
             interface.register("sdpa", around(known))
     if NO_SDPA not in AttentionInterface._global_mapping:
-        of_generate_batch = AttentionInterface._global_mapping["paged|eager"]
-        AttentionInterface.register(f"paged|{NO_SDPA}", of_generate_batch)
+        if "paged|sdpa" in AttentionInterface._global_mapping:  # before 5.23 generate_batch asks for it by this name
+            AttentionInterface.register(f"paged|{NO_SDPA}", AttentionInterface._global_mapping["paged|eager"])
         AttentionMaskInterface.register(NO_SDPA, _mask(masking_utils.eager_mask))
         AttentionInterface.register(NO_SDPA, _attention(_eager))
 
