@@ -36,7 +36,6 @@ def install(model: Any, asked: str | bool = "auto", compiled: bool = False) -> C
     proof = why_not or prove(model)
     if isinstance(proof, str):
         return Choice("computed", proof)
-    attention.install()
     if not hasattr(model, "_moe_accel_padding"):
         model.register_forward_pre_hook(_before, with_kwargs=True)
         model.register_forward_hook(_after, always_call=True)
@@ -71,7 +70,7 @@ def _attend_without_sdpa(model: Any) -> None:
 
 def _is_as_proven(model: Any) -> bool:
     """Whether masks are still made as was proven: other attention, or a compiled model inside, knows no `Packed`."""
-    if model.config.get_text_config()._attn_implementation not in ("sdpa", attention.NO_SDPA):
+    if model.config.get_text_config()._attn_implementation not in attention.KNOWN:
         return False
     inner = [model, getattr(model, model.base_model_prefix, model), getattr(model, "language_model", model)]
     inner.append(getattr(inner[1], "language_model", model))
@@ -86,7 +85,7 @@ def _why_not(model: Any) -> str | None:
     if known == "eager" and not model._supports_sdpa:
         if getattr(config, "output_attentions", False):
             return "attention weights are asked for"
-    elif known not in ("sdpa", attention.NO_SDPA):
+    elif known not in attention.KNOWN:
         return f"attn_implementation is {known}, and must be sdpa"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "device_map spreads its layers"

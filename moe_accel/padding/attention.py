@@ -42,6 +42,9 @@ windows: ContextVar[set[int | None] | None] = ContextVar("windows", default=None
 NO_SDPA = "moe_accel"
 """The name of an attention implementation, as in `config._attn_implementation`."""
 
+KNOWN = ("sdpa", NO_SDPA)
+"""The implementations that know a `Packed`."""
+
 _MARK = "_moe_accel_packed"
 
 
@@ -250,21 +253,20 @@ def by_sequence(
     groups = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(groups, 1) if groups > 1 else each for each in (key, value))
     done = []
-    for parts in zip(*(each.split(mask.rows.lengths, 2) for each in (query, key, value)), strict=True):
-        length = parts[0].shape[2]
+    for q, k, v in zip(*(each.split(mask.rows.lengths, 2) for each in (query, key, value)), strict=True):
+        length = q.shape[2]
         seen = None
         if mask.window is not None and mask.window < length:
             at = torch.arange(length, device=query.device)
             distance = at[:, None] - at
             seen = (distance >= 0) & (distance < mask.window)
-        if length and sinks is None:
-            attended = functional.scaled_dot_product_attention(
-                *parts, attn_mask=seen, is_causal=seen is None, scale=scale
-            )
-            done.append(attended)
-        elif length and sinks is not None:
-            one, keys, values = parts
-            done.append(_with_sinks(one, keys, values, seen, scale, sinks))
+        if not length:
+            continue
+        if sinks is None:
+            how = {"attn_mask": seen, "is_causal": seen is None, "scale": scale}
+            done.append(functional.scaled_dot_product_attention(q, k, v, **how))
+        else:
+            done.append(_with_sinks(q, k, v, seen, scale, sinks))
     return torch.cat(done, 2).transpose(1, 2).contiguous()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_accel.padding.rows import IGNORED, Rows, of_mask, of_positions
+from moe_accel.padding.rows import IGNORED, Rows, of_batch, of_mask, of_positions
 
 BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 PASSED = {"use_cache", "output_router_logits", "output_hidden_states", "output_attentions", "return_dict"}
@@ -86,12 +86,13 @@ def flatten(model: Any, kwargs: dict[str, Any], proof: Proof) -> Flat | str | No
         return _without_padding(kwargs, proof, whole)
     if mask is not None:
         return _flat(kwargs, whole) if whole is not None and bool((mask != 0).all()) else None
+    rows = whole
     # transformers heeds packed sequences without a cache only
-    looks = positions is not None and not cached and ids.numel() and (proof.packed or whole is not None)
-    rows = of_positions(positions) if looks and positions is not None else None
-    if rows is None:
-        return None if whole is None else _flat(kwargs, whole)
-    return _flat(kwargs, rows) if proof.packed else None
+    if positions is not None and not cached and ids.numel() and (proof.packed or whole is not None):
+        packed = of_positions(positions)
+        if packed is not None:
+            rows = packed if proof.packed else None
+    return None if rows is None else _flat(kwargs, rows)
 
 
 def _without_padding(kwargs: dict[str, Any], proof: Proof, whole: Rows | None) -> Flat | str | None:
@@ -110,12 +111,11 @@ def _without_padding(kwargs: dict[str, Any], proof: Proof, whole: Rows | None) -
 
 
 def _whole(ids: Tensor, proof: Proof) -> Rows | None:
-    """All tokens of a batch [B,T], each row one sequence; None where such batches stay as they are."""
+    """The tokens of a batch without padding; None where such batches stay as they are."""
     batch, length = ids.shape
     if proof.whole_beyond is None or length <= proof.whole_beyond or not batch:
         return None
-    bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=ids.device)
-    return Rows(batch, length, (length,) * batch, bounds, None)
+    return of_batch(batch, length, ids.device)
 
 
 def _flat(kwargs: dict[str, Any], rows: Rows) -> Flat:

@@ -71,6 +71,12 @@ class Rows:
         return value
 
 
+def of_batch(batch: int, length: int, device: torch.device) -> Rows:
+    """All tokens of a batch [B,T], each row one sequence."""
+    bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+    return Rows(batch, length, (length,) * batch, bounds, None)
+
+
 @dataclass(frozen=True)
 class Found:
     """What there is to know of a padded batch before it is computed without padding.

@@ -94,8 +94,8 @@ def prove(model: PreTrainedModel) -> Proof | str:
     """Which batches a model computes to the same numbers without padding; or why none."""
     written = json.dumps(model.config.to_dict(), default=str, sort_keys=True)
     key = own_class(model), implementation_of(model), written, frozenset(kinds(model))
+    attention.install()
     if key not in _proven:
-        attention.install()
         with _aside():
             _proven[key] = _prove(model)
     return _proven[key]

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from moe_accel.padding.attention import Packed, attend
-from moe_accel.padding.rows import Rows
+from moe_accel.padding.rows import of_batch
 from tests.gpu.timing import device_ms
 
 SHAPES: dict[str, tuple[int, int, int, int, int, int | None, bool]] = {
@@ -72,8 +72,7 @@ def measure(shape: tuple[int, int, int, int, int, int | None, bool], rounds: int
             return eager_attention_forward(module, *rows, mask, scale)[0]
         return sdpa_attention_forward(module, *rows, seen if window else None, scaling=scale)[0]
 
-    bounds = torch.arange(0, (num_rows + 1) * length, length, dtype=torch.int32, device="cuda")
-    packed = Packed(Rows(num_rows, length, (length,) * num_rows, bounds, None), window)
+    packed = Packed(of_batch(num_rows, length, torch.device("cuda")), window)
 
     def ours() -> Tensor:
         q, k, v = (each.flatten(0, 1).transpose(0, 1).unsqueeze(0) for each in tensors)

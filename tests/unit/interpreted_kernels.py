@@ -13,15 +13,11 @@ from moe_accel.experts import routing
 from moe_accel.kernels import adam, glu, rms_norm, rope, rows, sort, squared_relu
 from moe_accel.kernels.device import INTERPRETED
 from tests import interpreter
+from tests.unit.noise import EPSILON, values
 from tests.unit.test_kernels import GATES
 
 assert INTERPRETED, "set TRITON_INTERPRET=1"
 interpreter.read_bounds_of_loops()
-EPSILON = torch.finfo(torch.float32).eps
-
-
-def values(*shape, dtype=torch.float32):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize("width", [1, 24, 1024, 1030])

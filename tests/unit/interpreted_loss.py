@@ -9,14 +9,10 @@ import torch
 from moe_accel.kernels import cross_entropy
 from moe_accel.kernels.device import INTERPRETED
 from tests import interpreter
+from tests.unit.noise import EPSILON, values
 
 assert INTERPRETED, "set TRITON_INTERPRET=1"
 interpreter.read_bounds_of_loops()
-EPSILON = torch.finfo(torch.float32).eps
-
-
-def values(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize("width", [3, 8192, 8200])

@@ -5,10 +5,10 @@ import torch
 
 from moe_accel.kernels import router
 from moe_accel.kernels.device import INTERPRETED
+from tests.unit.noise import EPSILON
 from tests.unit.router_rules import RULES, given
 
 assert INTERPRETED, "set TRITON_INTERPRET=1"
-EPSILON = torch.finfo(torch.float32).eps
 # rows past the end of a batch are read as -inf or 0; numpy warns of what comes of them, and nothing is written
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

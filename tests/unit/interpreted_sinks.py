@@ -8,13 +8,9 @@ import torch
 
 from moe_accel.kernels import sinks
 from moe_accel.kernels.device import INTERPRETED
+from tests.unit.noise import EPSILON, values
 
 assert INTERPRETED, "set TRITON_INTERPRET=1"
-EPSILON = torch.finfo(torch.float32).eps
-
-
-def values(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 131])

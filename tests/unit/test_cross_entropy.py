@@ -1,13 +1,14 @@
 """The fused loss, in plain torch: the cross-entropy of all logits, and its gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from moe_accel.kernels import cross_entropy
+from tests.unit.noise import values
 
-
-def _values(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+_values = partial(values, dtype=torch.float64)
 
 
 CHUNKS = {"one-chunk": 1 << 30, "chunks-of-two-rows": 2 * 11 * 8, "chunks-of-one-row": 1}

@@ -25,6 +25,7 @@ from moe_accel.kernels import (
     sort,
     squared_relu,
 )
+from tests.unit.noise import values
 from tests.unit.router_rules import RULES
 
 SHARED_BYTES = 227 * 1024  # of a block on sm_90
@@ -74,8 +75,7 @@ def test_the_definition_of_an_activation_has_the_gradient_of_autograd(forward, b
         torch.testing.assert_close(one, other)
 
 
-def _values(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+_values = partial(values, dtype=torch.float64)
 
 
 COMPILED_GATES = {

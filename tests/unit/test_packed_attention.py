@@ -14,7 +14,7 @@ from moe_accel.errors import UnsupportedModelError
 from moe_accel.kernels import sinks
 from moe_accel.padding import attention
 from moe_accel.padding.attention import Packed, attend, by_sequence, fits_kernel, sdpa_choice, window_of
-from moe_accel.padding.rows import Rows
+from moe_accel.padding.rows import Rows, of_batch
 
 LENGTHS = (5, 1, 0, 12, 7)
 NUM_TOKENS = sum(LENGTHS)
@@ -117,17 +117,20 @@ def flash(query, key, value, bounds, _, longest, __, dropout, causal, debug, *, 
 
 
 def flash_backward(gradient, query, key, value, out, sums, bounds, *_, scale, **window):
-    """And backward, as the paper has it: all that it knows of the softmax is out and the sums."""
+    """And backward."""
     assert gradient.is_contiguous()
     tensors = [each.detach().requires_grad_() for each in (query, key, value)]
     with torch.enable_grad():
-        scores, values = flash_scores(*tensors, bounds, scale, **window)
-    weights = (scores.detach() - sums[..., None]).exp()
-    gradient = gradient.transpose(0, 1)
+        scored = flash_scores(*tensors, bounds, scale, **window)
+    return from_sums(tensors, *scored, gradient.transpose(0, 1), out.transpose(0, 1), sums[..., None])
+
+
+def from_sums(tensors, scores, values, gradient, out, sums):
+    """Gradients as the paper has them: all that they know of the softmax is out and the sums."""
+    weights = (scores.detach() - sums).exp()
     of_weights = gradient @ values.detach().transpose(-1, -2)
-    of_scores = weights * (of_weights - (gradient * out.transpose(0, 1)).sum(-1, keepdim=True))
-    of_values = weights.transpose(-1, -2) @ gradient
-    return torch.autograd.grad((scores, values), tensors, (of_scores, of_values))
+    of_scores = weights * (of_weights - (gradient * out).sum(-1, keepdim=True))
+    return torch.autograd.grad((scores, values), tensors, (of_scores, weights.transpose(-1, -2) @ gradient))
 
 
 def flash_scores(query, key, value, bounds, scale, window_size_left, window_size_right):
@@ -173,15 +176,12 @@ def cudnn(query, key, value, bias, with_sums, dropout, causal, debug, *, scale):
 
 
 def cudnn_backward(gradient, query, key, value, out, sums, seed, offset, *rest, scale):
-    """And backward, which knows out and the sums."""
+    """And backward."""
     assert (int(seed), int(offset), rest) == (0, 1, (None, None, None, 4, 4, 0.0, True))
     tensors = [each.detach().requires_grad_() for each in (query, key, value)]
     with torch.enable_grad():
-        scores, values = row_scores(*tensors, scale)
-    weights = (scores.detach() - sums).exp()
-    of_weights = gradient @ values.detach().transpose(-1, -2)
-    of_scores = weights * (of_weights - (gradient * out).sum(-1, keepdim=True))
-    return torch.autograd.grad((scores, values), tensors, (of_scores, weights.transpose(-1, -2) @ gradient))
+        scored = row_scores(*tensors, scale)
+    return from_sums(tensors, *scored, gradient, out, sums)
 
 
 def row_scores(query, key, value, scale):
@@ -198,7 +198,7 @@ def test_rows_that_sdpa_has_no_kernel_for_are_sequences(has_sinks, chosen, monke
     for name, value in {"fits_kernel": lambda *_: True, "HAS_TRITON": True, "sdpa_choice": lambda *_: chosen}.items():
         monkeypatch.setattr(attention, name, value)
     monkeypatch.setattr(attention, "by_kernel", lambda *given: given)
-    mask = Packed(Rows(2, 4, (4, 4), torch.tensor([0, 4, 8], dtype=torch.int32), None), None)
+    mask = Packed(of_batch(2, 4, torch.device("cpu")), None)
     some = torch.zeros(4) if has_sinks else None
     assert attend(*(each[:, :, :8] for each in operands()), mask, 0.3, some)[-3:] == (mask, 0.3, some)
 
@@ -221,7 +221,7 @@ def test_rows_of_one_length_without_windows_are_rows(has_sinks, monkeypatch):
         torch.randn(1, heads, 12, size, generator=generator, dtype=torch.float64, requires_grad=True)
         for heads, size in sizes
     ]
-    mask = Packed(Rows(3, 4, (4, 4, 4), torch.arange(0, 16, 4, dtype=torch.int32), None), None)
+    mask = Packed(of_batch(3, 4, torch.device("cpu")), None)
     if has_sinks:
         tensors.append(torch.linspace(-3, 5, 4, dtype=torch.float64).requires_grad_())
     given = tensors[:3], tensors[3:]

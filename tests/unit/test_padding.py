@@ -42,13 +42,13 @@ def packed() -> dict[str, Any]:
     return {"input_ids": ids, "position_ids": positions, "labels": ids.clone(), "use_cache": False}
 
 
-def pair(family: str = "qwen3_moe", **config: Any) -> tuple[Any, Any]:
-    """A model of stock transformers, and the same one without padding and with the fused loss."""
+def pair(family: str = "qwen3_moe", padded: str = "left out", **config: Any) -> tuple[Any, Any]:
+    """A model of stock transformers, and the same one with the fused loss, and what becomes of its padding."""
     model = build_tiny(family, torch.float64, **config)
     model.set_experts_implementation("eager")  # takes fp64
     ours = copy.deepcopy(model)
     loss.install(ours)
-    assert padding.install(ours).value == "left out"
+    assert padding.install(ours).value == padded
     ours.num_computed = []
     ours.get_input_embeddings().register_forward_hook(lambda _, args, __: ours.num_computed.append(args[0].shape))
     return model, ours

@@ -1,6 +1,5 @@
 """Attention with sinks, or windows shorter than a row, is ours in batches without padding, too: the same numbers."""
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -233,12 +232,7 @@ def test_layers_that_see_groups_of_tokens_are_seen_by_the_proof(kind):
 
 @pytest.mark.parametrize("family", [name for name in IN_FP32 if name in available_families()])
 def test_a_softmax_in_fp32_is_as_near_as_fp32(family):
-    model = build_tiny(family, torch.float64)
-    model.set_experts_implementation("eager")
-    ours = copy.deepcopy(model)
-    assert padding.install(ours).value == IN_FP32[family]
-    ours.num_computed = []
-    ours.get_input_embeddings().register_forward_hook(lambda _, args, __: ours.num_computed.append(args[0].shape))
+    model, ours = pair(family, IN_FP32[family])
     gradients = []
     for each in (model, ours):
         each(**full()).loss.backward()
