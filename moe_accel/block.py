@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 import types
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_accel.experts.router_proof import fuse_router
 from moe_accel.hooks import wrap
+from moe_accel.kernels import te_norm
 from moe_accel.kernels.device import HAS_TRITON, use_triton
 from moe_accel.kernels.rms_norm import normalise_torch, rms_norm
 from moe_accel.kernels.rope import rotate, rotate_torch
@@ -29,13 +31,14 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _in_fused_attention: ContextVar[bool] = ContextVar("in_fused_attention", default=False)
 
 
-def install(model: nn.Module, device: torch.device, precision: str = "no") -> Choice:
+def install(model: nn.Module, device: torch.device, precision: str = "no", te_norms: bool = False) -> Choice:
     """Replace the norms, rotations and routers of a model that is trained on `device`.
 
     Args:
         model: the transformers model.
         device: where it is trained.
         precision: accelerate's mixed_precision, under whose autocast forward will run.
+        te_norms: let TransformerEngine compute the norms.
 
     Returns:
         What was done and why.
@@ -43,7 +46,7 @@ def install(model: nn.Module, device: torch.device, precision: str = "no") -> Ch
     if device.type != "cuda" or not HAS_TRITON:
         return Choice("native", f"kernels need {'triton' if device.type == 'cuda' else 'a GPU'}")
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    fused = [module for module in norms if fuse_norm(module)]
+    fused = [module for module in norms if fuse_norm(module, te_norm.rms_norm if te_norms else rms_norm)]
     turned = fuse_rotations(model)
     num_routed, routers = fuse_routers(model, AUTOCAST.get(precision))
     said = f"{len(fused)} of {len(norms)} norms, rotary embeddings {'too' if turned else 'of their own kind stay'}"
@@ -67,13 +70,13 @@ def fuse_routers(model: nn.Module, autocast: torch.dtype | None) -> tuple[int, s
     return num_fused, f"{num_fused} of {len(routers)} routers{': ' + ', '.join(said) if said else ''}"
 
 
-def fuse_norm(module: Any) -> bool:
-    """Let one norm compute with `rms_norm`, if it is one; returns whether it does."""
+def fuse_norm(module: Any, function: Callable[..., Tensor] = rms_norm) -> bool:
+    """Let one norm compute with `rms_norm`, or another of its contract, if it is one; returns whether it does."""
     if isinstance(module, _FusedNorm):
         return True
     offset = None if "forward" in vars(module) else offset_of(module)
     if offset is not None:
-        module._moe_accel_norm = (_eps(module), offset)
+        module._moe_accel_norm = function, _eps(module), offset
         become(module, _FusedNorm)
     return offset is not None
 
@@ -118,7 +121,8 @@ class _FusedNorm(nn.Module):
         (x,) = args
         if not use_triton(x):
             return super().forward(x)
-        return rms_norm(x, self.weight, *self._moe_accel_norm)
+        function, eps, offset = self._moe_accel_norm
+        return function(x, self.weight, eps, offset)
 
 
 def fuse_rotations(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ the launcher, the autoload and the CLI use.
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ ENV_VAR = "MOE_ACCEL_CONFIG"
 SECTION = "moe_config"
 DISPATCHERS = ("auto", "alltoall", "deepep")
 KERNELS = ("auto", "reference", "fused", "te")
+TE_PARTS = ("experts", "norms", "attention", "fp8")
+"""What `kernels: te` may let TransformerEngine compute."""
 SAVE_LAYOUTS = ("per-expert", "stacked")
 PADDING_FREE = ("auto", "off")
 
@@ -38,6 +40,7 @@ class MoEOptions:
         save_layout: of saved models: `per-expert`, as `save_pretrained` writes for the hub, or `stacked`, as in memory.
         async_save: write periodic checkpoints while training goes on, from a copy in host memory.
         padding_free: compute no padding in training where that changes no number (`auto`), or `off`.
+        te_parts: what TransformerEngine computes under `kernels: te`, some of `TE_PARTS`; the rest is as `fused`.
     """
 
     ep_size: int = 1
@@ -48,6 +51,11 @@ class MoEOptions:
     save_layout: str = "per-expert"
     async_save: bool = False
     padding_free: str = "auto"
+    te_parts: Sequence[str] = ("experts",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.te_parts, list):  # of yaml and JSON
+            object.__setattr__(self, "te_parts", tuple(self.te_parts))
 
     def problems(self) -> list[str]:
         """Every rule broken by the values alone, as sentences; empty when there is none."""
@@ -77,7 +85,20 @@ class MoEOptions:
                 found.append(f"{name}={value!r} must be one of {', '.join(allowed)}{_did_you_mean(value, allowed)}")
         if not isinstance(self.async_save, bool):
             found.append(f"async_save={self.async_save!r} must be true or false")
-        return found
+        return found + list(self._problems_of_parts())
+
+    def _problems_of_parts(self) -> Iterator[str]:
+        parts = self.te_parts
+        if isinstance(parts, str) or not isinstance(parts, Sequence) or not parts:
+            shown = list(parts) if isinstance(parts, tuple) else parts
+            yield f"te_parts={shown!r} must be a list of some of {', '.join(TE_PARTS)}"
+            return
+        for part in parts:
+            if part not in TE_PARTS:
+                near = _did_you_mean(part, TE_PARTS)
+                yield f"te_parts has {part!r}, which must be one of {', '.join(TE_PARTS)}{near}"
+        if tuple(parts) != ("experts",) and self.kernels != "te":
+            yield f"te_parts={list(parts)} needs kernels: te, not {self.kernels!r}"
 
     def to_json(self) -> str:
         """The options as the one-line JSON that `MOE_ACCEL_CONFIG` holds."""

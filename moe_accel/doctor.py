@@ -159,12 +159,18 @@ def deep_ep_for(torch_version: str) -> str:
 
 
 def _transformer_engine() -> Iterator[Part]:
-    from moe_accel.kernels import te
+    from moe_accel.kernels import te, te_parts
 
-    problem = te.problem(_device())
-    what = problem or "kernels: te, its grouped GEMM in the experts; and its FusedAdam with any Trainer or loop"
+    problems = {name: te_parts.problem(_device(), name) for name in te_parts.PARTS}
+    usable = [name for name, problem in problems.items() if problem is None]
+    unusable = [f"not {name}: {problem}" for name, problem in problems.items() if problem is not None]
+    if usable:
+        of_these = f"kernels: te, te_parts: [{', '.join(usable)}]; and its FusedAdam with any Trainer or loop"
+        what = "; ".join([of_these, *unusable])
+    else:
+        what = problems["experts"] or ""
     fix = te.INSTALL if _device().type == "cuda" and not te.is_installed() else ""
-    yield Part("transformer_engine", te.version(), problem is None, False, what, fix)
+    yield Part("transformer_engine", te.version(), bool(usable), False, what, fix)
 
 
 def _liger() -> Iterator[Part]:
@@ -208,12 +214,13 @@ def _config() -> Iterator[Part]:
 
 def _check_choices(options: MoEOptions) -> None:
     from moe_accel.dispatch import choose
-    from moe_accel.kernels import te
+    from moe_accel.kernels import te_parts
 
     choose.check(options.dispatcher, options.ep_size, _device())
-    problem = te.problem(_device()) if options.kernels == "te" else None
-    if problem is not None:
-        raise ConfigError(f"kernels=te cannot be used: {problem}", "kernels: auto")
+    for name in options.te_parts if options.kernels == "te" else ():
+        problem = te_parts.problem(_device(), name)
+        if problem is not None:
+            raise ConfigError(f"{te_parts.asked_for(name)} cannot be used: {problem}", "kernels: auto")
 
 
 def _device() -> Any:

@@ -4,6 +4,7 @@ Accelerate calls `get_device_mesh` on the `ParallelismConfig` it was given, then
 `Accelerator`. The first is where the sizes are settled and the meshes built, the second where the plugin is installed.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +34,8 @@ class MoEConfig(ParallelismConfig):
         save_layout: of saved models: `per-expert`, as `save_pretrained` writes for the hub, or `stacked`, as in memory.
         async_save: write periodic checkpoints while training goes on, from a copy in host memory.
         padding_free: compute no padding in training where that changes no number (`auto`), or `off`.
+        te_parts: what TransformerEngine computes under `kernels: te`: some of `experts`, `norms`, `attention`, `fp8`;
+            the rest is as `fused`.
 
     Raises:
         ConfigError: a value is wrong; all wrong values are listed. Or, when the Accelerator is made, they do not fit
@@ -46,6 +49,7 @@ class MoEConfig(ParallelismConfig):
     save_layout: str = "per-expert"
     async_save: bool = False
     padding_free: str = "auto"
+    te_parts: Sequence[str] = ("experts",)
 
     sparse_mesh = None  # the experts' mesh, once an Accelerator has the config; not a field
 
@@ -55,10 +59,11 @@ class MoEConfig(ParallelismConfig):
         return cls(**{name: getattr(options, name) for name in OPTION_NAMES})
 
     def __post_init__(self) -> None:
-        own = {name: getattr(self, name) for name in OPTION_NAMES}
-        problems = MoEOptions(**own).problems()
+        options = MoEOptions(**{name: getattr(self, name) for name in OPTION_NAMES})
+        problems = options.problems()
         if problems:
             raise ConfigError.collect(problems, type(self).__name__)
+        self.te_parts = options.te_parts
         self._dp_shard_given = self.dp_shard_size is not None
         super().__post_init__()
         self._dp_shard_given = self._dp_shard_given or self._sizes["dp_shard"] > 1

@@ -9,7 +9,7 @@ Every hook is one line in `install`, acts only for accelerators that carry a `Mo
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,13 +22,13 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_accel import block, checkpoint, experts, garbage, kept, lora, loss, padding, streaming
+from moe_accel import block, checkpoint, dense, experts, garbage, kept, lora, loss, padding, streaming
 from moe_accel import optimizer as optimizers
 from moe_accel.dispatch import choose
 from moe_accel.errors import UnsupportedModelError
 from moe_accel.experts.gated import why_not_gated
 from moe_accel.hooks import wrap
-from moe_accel.kernels import te
+from moe_accel.kernels import te, te_parts
 from moe_accel.mesh import check_experts
 from moe_accel.prefetch import prefetch_experts
 from moe_accel.report import Choice, Report, say
@@ -47,7 +47,7 @@ def install(accelerator: Accelerator) -> None:
     """
     check_versions()
     config: Any = accelerator.parallelism_config
-    choose_kernels(config.kernels, accelerator.device)
+    choose_kernels(config.kernels, accelerator.device, config.te_parts)
     choose.check(config.dispatcher, config.ep_size, accelerator.device)
     experts.register()
     _installed.setdefault(accelerator, [])
@@ -166,14 +166,15 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     absent = forget_absent_layers(_unwrapped(model))
     kept_said = kept.keep(_unwrapped(model), config.kept_layers, accelerator)
 
-    kernels = choose_kernels(config.kernels, accelerator.device)
+    kernels = choose_kernels(config.kernels, accelerator.device, config.te_parts)
+    of_experts = "fused" if kernels.value == "te" and "experts" not in config.te_parts else kernels.value
     group = config.sparse_mesh.get_group("ep") if config.ep_size > 1 else None
     dispatcher = choose.choose(config.dispatcher, group, traffic(found), accelerator.device)
     lean = kept.kept_experts(_unwrapped(model))
     for _, module in found:
         transport = group and choose.transport(dispatcher, group, module.num_experts // config.ep_size)
         ep_rank = transport.rank if transport else 0
-        settings = experts.Settings(kernels.value, transport, config.ep_size, ep_rank, lean=module in lean)
+        settings = experts.Settings(of_experts, transport, config.ep_size, ep_rank, lean=module in lean)
         experts.install(module, settings)
     beside_said = experts.compute_beside(found, model) if config.ep_size > 1 else []
     used = experts.computing(model, found)
@@ -195,6 +196,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
             *experts.told_of_adapters(model, used, adapted),
             *told_of_general_path(kernels, used),
             *beside_said,
+            *told_of_te(kernels, model, config.te_parts),
             *told_of_lora(kernels, model, accelerator.mixed_precision),
             *padding.told_of_attention(model),
             *told_of_wrapping(model, found, accelerator),
@@ -230,17 +232,20 @@ def read_whole_models(accelerator: Accelerator, models: list[nn.Module]) -> None
         streaming.read_all_onto(models, accelerator.device if accelerator.device_placement else torch.device("cpu"))
 
 
-def choose_kernels(asked: str, device: torch.device) -> Choice:
+def choose_kernels(asked: str, device: torch.device, parts: Sequence[str] = ("experts",)) -> Choice:
     """`fused`, `reference` or `te`, with the reason. `auto` is never `te`: torch's grouped_mm was measured faster.
+
+    `parts`: what is TransformerEngine's under `te`.
 
     Raises:
         ConfigError: `te` on a device that TransformerEngine does not compute on.
         DependencyError: `te` without the package, or with one that cannot be used.
     """
     if asked == "te":
-        te.check(device)
-        whose = f"grouped GEMMs of the experts by TransformerEngine {te.version()}".rstrip()
-        return Choice("te", f"asked for: {whose}, all else as fused; waits once a layer for the experts' row counts")
+        te_parts.check(device, parts)
+        whose = f"{te_parts.told(parts)} by TransformerEngine {te.version()}".rstrip()
+        waits = "; waits once a layer for the experts' row counts" if "experts" in parts else ""
+        return Choice("te", f"asked for: {whose}, all else as fused{waits}")
     if asked == "reference":
         return Choice("reference", "asked for: one expert after the other, slow and true")
     how = "grouped GEMMs for bf16 on this GPU" if device.type == "cuda" else "one product per expert on this device"
@@ -255,11 +260,24 @@ def choose_rest(kernels: Choice, model: nn.Module, accelerator: Accelerator) -> 
     config: Any = accelerator.parallelism_config
     dynamo: Any = getattr(accelerator.state, "dynamo_plugin", None)
     compiled = dynamo is not None and dynamo.backend != DynamoBackend.NO
+    te_norms = kernels.value == "te" and "norms" in config.te_parts
     return {
-        "block": block.install(model, accelerator.device, accelerator.mixed_precision),
+        "block": block.install(model, accelerator.device, accelerator.mixed_precision, te_norms),
         "loss": loss.install(model, accelerator.mixed_precision),
         "padding": padding.install(model, config.padding_free, compiled),
     }
+
+
+def told_of_te(kernels: Choice, model: nn.Module, parts: Sequence[str]) -> list[str]:
+    """Let TransformerEngine attend, and compute large linear layers, where that is asked for."""
+    if kernels.value != "te":
+        return []
+    said = []
+    if "attention" in parts:
+        num_layers = padding.attention.let_te_attend(_unwrapped(model))
+        of_these = f"{num_layers} layers attend by TransformerEngine, where they attend causally without dropout"
+        said += [of_these if num_layers else "no attention by TransformerEngine: attn_implementation is not sdpa"]
+    return said + ([dense.install(_unwrapped(model))] if "fp8" in parts else [])
 
 
 def told_of_lora(kernels: Choice, model: nn.Module, precision: str) -> list[str]:

@@ -11,6 +11,8 @@ from collections import Counter
 
 import torch
 
+from tests import fake_te_parts
+
 CALLS: Counter[str] = Counter()
 """Products by layout."""
 
@@ -59,15 +61,26 @@ def general_grouped_gemm(
 
 def install(monkeypatch, gemm=general_grouped_gemm):
     """Let `import transformer_engine.pytorch` give the fake, with this function in it; None: without one."""
-    from moe_accel.kernels import te
+    from moe_accel.kernels import te, te_attention, te_fp8, te_norm
 
     CALLS.clear()
-    names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.cpp_extensions")
-    for name in names:
+    names = ["transformer_engine"]
+    names += [f"transformer_engine.pytorch{more}" for more in ("", ".cpp_extensions", *fake_te_parts.NAMES)]
+    for name in [*names, "transformer_engine_torch"]:
         module = types.ModuleType(name)
         module.__spec__ = types.SimpleNamespace(name=name)
         monkeypatch.setitem(sys.modules, name, module)
     if gemm is not None:
-        sys.modules[names[-1]].general_grouped_gemm = gemm
+        sys.modules["transformer_engine.pytorch.cpp_extensions"].general_grouped_gemm = gemm
+    fake_te_parts.fill(sys.modules, CALLS)
     monkeypatch.setenv(te.CUTLASS, "1")  # te.py sets it for good
-    te._gemm.cache_clear()
+    caches = (
+        te._gemm,
+        te_norm._functions,
+        te_attention._kind,
+        te_attention._module,
+        te_fp8._functions,
+        te_fp8._quantiser,
+    )
+    for each in caches:
+        each.cache_clear()

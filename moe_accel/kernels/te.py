@@ -1,6 +1,7 @@
-"""TransformerEngine's grouped GEMM behind the contract of `grouped.py`; the one file that imports the package.
+"""TransformerEngine's grouped GEMM behind the contract of `grouped.py`; and `load`, the one way to the package.
 
-Taken under `kernels: te` alone. Read in its source, 2.20.2 (`cpp_extensions/gemm.py`, `csrc/extensions/gemm.cpp`):
+Taken under `kernels: te` alone, as are `te_norm.py`, `te_attention.py` and `te_fp8.py`. Read in its source, 2.20.2
+(`cpp_extensions/gemm.py`, `csrc/extensions/gemm.cpp`):
 
 - `general_grouped_gemm` takes lists of matrices and computes, for each pair, B @ A.T in layout TN, B @ A in NN and
   B.T @ A in NT. It reads data pointers and shapes: a matrix that is not contiguous would be read as if it were.
@@ -15,19 +16,22 @@ Taken under `kernels: te` alone. Read in its source, 2.20.2 (`cpp_extensions/gem
 Sizes: P rows, e experts, A inner, B outer.
 """
 
+import ctypes
 import functools
 import importlib
 import importlib.util
 import inspect
 import os
+import sys
+from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_accel.errors import ConfigError, DependencyError
 from moe_accel.kernels.device import capability
 from moe_accel.kernels.grouped import GroupedGemm, grouped_mm, grouped_mm_by_group, grouped_outer
 
@@ -38,50 +42,45 @@ INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.17'"
 _TAKES = {"A", "B", "out", "quantization_params", "out_dtype", "layout", "m_splits", "grad", "single_output"}
 
 
-def check(device: torch.device) -> None:
-    """Refuse `kernels: te` where TransformerEngine cannot multiply on this device; one small product is tried.
-
-    Raises:
-        ConfigError: without a GPU, or on one without bf16.
-        DependencyError: the package is missing, cannot be imported, is another version's, or fails.
-    """
-    instead = "kernels: auto"
-    found = wrong_device(device)
-    if found is not None:
-        raise ConfigError(f"kernels=te cannot be used: {found}", instead)
-    found = problem(device) or _tried(device)
-    if found is not None:
-        fix = f"{instead}, or {INSTALL}" if not is_installed() else f"{instead}; moe-accel doctor says more"
-        raise DependencyError(f"kernels=te cannot be used: {found}", fix)
-
-
-def wrong_device(device: torch.device) -> str | None:
+def wrong_device(device: torch.device, least: tuple[int, int] = (8, 0), what: str = "bf16") -> str | None:
     """Why the device is none for TransformerEngine; None where it is one."""
     if device.type != "cuda":
         return f"it needs a CUDA GPU, and this process computes on {device.type}"
-    major, minor = capability(device)
-    if major < 8:
-        return f"it needs a GPU with bf16 (compute capability 8.0 or more), and this one has {major}.{minor}"
+    found = capability(device)
+    if found < least:
+        asked, has = (".".join(map(str, each)) for each in (least, found))
+        return f"it needs a GPU with {what} (compute capability {asked} or more), and this one has {has}"
     return None
 
 
 def problem(device: torch.device) -> str | None:
-    """Why `kernels: te` cannot be used on this device, found without allocating anything there; None where it can."""
-    found = wrong_device(device)
-    if found is not None:
-        return found
+    """Why the grouped GEMM cannot be used on a device, found without allocating anything there; None where it can."""
+    return wrong_device(device) or lacks(lookup)
+
+
+def lacks(look: Callable[[], str | None]) -> str | None:
+    """Why what `look` asks for in the package is not there; None where it is."""
     if not is_installed():
         return "the package transformer_engine is not installed"
     try:
-        gemm = _gemm()
+        return look()
     except (ImportError, OSError, AssertionError, RuntimeError) as error:
         return f"import transformer_engine.pytorch fails: {type(error).__name__}: {error or 'without a message'}"
-    except AttributeError:
-        return f"transformer_engine {version()} has no general_grouped_gemm"
-    missing = sorted(_TAKES - set(inspect.signature(gemm).parameters))
+    except AttributeError as error:
+        return f"transformer_engine {version()} has no {error.name}"
+
+
+def lookup() -> str | None:
+    """What the grouped GEMM of this version does not take; None where it takes all that it is given here."""
+    missing = sorted(_TAKES - set(inspect.signature(_gemm()).parameters))
     if missing:
         return f"general_grouped_gemm of transformer_engine {version()} takes no {', '.join(missing)}"
     return None
+
+
+def on_gpu(values: Tensor) -> bool:
+    """Whether these values are where the package computes."""
+    return values.is_cuda
 
 
 def is_installed() -> bool:
@@ -172,21 +171,68 @@ def _takes(rows: Tensor, width: int) -> bool:
 
 @functools.cache
 def _gemm() -> Any:
+    return load("transformer_engine.pytorch.cpp_extensions").general_grouped_gemm
+
+
+def load(name: str) -> Any:
+    """Import a module of the package."""
     os.environ.setdefault(CUTLASS, "1")
-    importlib.import_module("transformer_engine.pytorch")  # loads the library that the extension needs
-    return importlib.import_module("transformer_engine.pytorch.cpp_extensions").general_grouped_gemm
+    if "transformer_engine" not in sys.modules:
+        share_cudnn()
+    importlib.import_module("transformer_engine.pytorch")  # loads the library that its extension needs
+    return importlib.import_module(name)
 
 
-def _tried(device: torch.device) -> str | None:
+def share_cudnn(maps: Path = Path("/proc/self/maps")) -> list[str]:
+    """Let the package find the cuDNN that torch has, by the files in this process; returns those that were loaded.
+
+    Its library asks for cuDNN's parts by name. Where the system has another version than torch brought, it would get
+    parts of both: its import fails, or torch's own attention is no more by cuDNN (DeepSeek-V3's heads: 5.8 ms to 39).
+    """
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    folders = {Path(line.split()[-1]).parent for line in lines if "libcudnn" in line}
+    found = (
+        sorted(file for folder in folders for file in folder.glob("libcudnn*.so.*[0-9]")) if len(folders) == 1 else []
+    )
+    left, tries = found, len(found)
+    while left and tries:  # one may want another that comes later
+        left, tries = [file for file in left if not _loads(file)], tries - 1
+    return [str(file) for file in found if file not in left]
+
+
+def _loads(file: Path) -> bool:
+    try:
+        ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
+
+
+def tried(device: torch.device) -> str | None:
     """What is wrong with a product of two groups; None where it is right."""
     generator = torch.Generator().manual_seed(0)
     rows, matrices = (torch.randn(*shape, generator=generator) for shape in ((16, 128), (2, 128, 64)))
     rows, matrices = (each.to(device, torch.bfloat16) for each in (rows, matrices))
     ends = torch.tensor([5, 16], dtype=torch.int32, device=device)
+    exact = [grouped_mm_by_group(rows.float(), matrices.float(), ends)]
+    return off("general_grouped_gemm", lambda: [multiply(rows, matrices, ends, [5, 11])], exact)
+
+
+def off(
+    name: str, compute: Callable[[], Sequence[Tensor | None]], exact: Sequence[Tensor], most: float = 0.01
+) -> str | None:
+    """What is wrong with a function of the package, by tensors that it should compute; None where it is right.
+
+    Args:
+        name: of the function.
+        compute: computes by it.
+        exact: the same in fp32.
+        most: of the error, relative to the norm of each.
+    """
+    of_version = f"{name} of transformer_engine {version()}"
     try:
-        found = multiply(rows, matrices, ends, [5, 11])
-        exact = grouped_mm_by_group(rows.float(), matrices.float(), ends)
-        error = ((found.float() - exact).norm() / exact.norm()).item()
+        pairs = zip(compute(), exact, strict=True)
+        error = max(((found.float() - true).norm() / true.norm()).item() for found, true in pairs if found is not None)
     except (RuntimeError, TypeError, ValueError, AssertionError) as failure:
-        return f"general_grouped_gemm of transformer_engine {version()} fails: {type(failure).__name__}: {failure}"
-    return None if error < 0.01 else f"general_grouped_gemm of transformer_engine {version()} is off by {error:.0%}"
+        return f"{of_version} fails: {type(failure).__name__}: {failure}"
+    return None if error < most else f"{of_version} is off by {error:.0%}"

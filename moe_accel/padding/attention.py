@@ -30,6 +30,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from moe_accel.errors import UnsupportedModelError
 from moe_accel.kernels import sinks as sink_kernels
+from moe_accel.kernels import te_attention
 from moe_accel.kernels.device import HAS_TRITON, as_autocast, capability
 from moe_accel.padding.rows import Rows
 
@@ -46,6 +47,9 @@ KNOWN = ("sdpa", NO_SDPA)
 """The implementations that know a `Packed`."""
 
 _MARK = "_moe_accel_packed"
+
+BY_TE = "_moe_accel_te_attention"
+"""Set on the attention modules whose attention TransformerEngine computes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,16 +111,58 @@ def _attention(original: Callable) -> Callable:
     def packed_attention_forward(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
     ) -> Any:
+        by_te = getattr(module, BY_TE, False) and not torch.compiler.is_compiling()
         if not isinstance(attention_mask, Packed):
+            if by_te and attention_mask is None and is_causal(module, query, key, **kwargs):
+                done = _by_te(query, key, value, None, kwargs.get("scaling"))
+                if done is not None:
+                    return done, None
             return original(module, query, key, value, attention_mask, **kwargs)
         for name in ("dropout", "position_bias", "softcap"):
             given = kwargs.get(name)
             if isinstance(given, Tensor) or given:
                 raise unsupported(f"attention with {name}")
-        return attend(query, key, value, attention_mask, kwargs.get("scaling"), kwargs.get("s_aux")), None
+        scale, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
+        done = _by_te(query, key, value, attention_mask, scale) if by_te and sinks is None else None
+        return attend(query, key, value, attention_mask, scale, sinks) if done is None else done, None
 
     setattr(packed_attention_forward, _MARK, True)
     return packed_attention_forward
+
+
+def let_te_attend(model: nn.Module) -> int:
+    """Let TransformerEngine compute the causal attention of a model under `sdpa`; returns of how many layers."""
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa":
+        return 0
+    install()
+    found = [module for module in model.modules() if hasattr(module, "is_causal") and module.is_causal]
+    for module in found:
+        setattr(module, BY_TE, True)
+    return len(found)
+
+
+def is_causal(
+    module: Any, query: Tensor, key: Tensor, dropout: float = 0.0, is_causal: bool | None = None, **rest: Any
+) -> bool:
+    """Whether sdpa without a mask would be causal attention and nothing else: of all tokens, each to those before."""
+    asked = module.is_causal if is_causal is None else is_causal
+    others = [each for name in ("position_bias", "softcap", "s_aux") if (each := rest.get(name)) is not None]
+    return bool(asked) and query.shape[2] == key.shape[2] > 1 and not dropout and not others
+
+
+def _by_te(query: Tensor, key: Tensor, value: Tensor, mask: Packed | None, scale: float | None) -> Tensor | None:
+    """Causal attention by TransformerEngine, of rows or of packed sequences: [B,T,Q,V]; None where it takes none."""
+    query, key, value = as_autocast(query, key, value)
+    if not te_attention.takes(query, value):
+        return None
+    scale = cast(float, query.shape[-1] ** -0.5 if scale is None else scale)
+    with torch.autocast(query.device.type, enabled=False):
+        if mask is None:
+            return te_attention.attend_rows(query, key, value, scale)
+        longest = max(mask.rows.lengths)
+        window = None if mask.window is None or mask.window >= longest else mask.window
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        return te_attention.attend_packed(q, k, v, mask.rows.bounds, longest, window, scale).unsqueeze(0)
 
 
 def window_of(mask_function: Any = None, local_size: int | None = None, **rest: Any) -> int | None:

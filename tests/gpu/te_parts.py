@@ -12,7 +12,7 @@ Parts, in this order, until the seconds are over:
     router      scores, top-k and sorting; rows to experts and back
     norm        RMSNorm, forward and backward
     attention   4 x 4096 tokens, causal, forward and backward, against torch's sdpa
-    fp8         linear layers of attention, forward and backward, against bf16
+    fp8         linear layers of attention, forward and backward, against bf16: as in `te_parts`, and TE's own module
 """
 
 import argparse
@@ -28,6 +28,7 @@ import torch
 from moe_accel.experts.routing import pick, sort_by_expert
 from moe_accel.kernels import te
 from moe_accel.kernels.grouped import TORCH
+from moe_accel.kernels.router import Rule, route
 from moe_accel.kernels.rows import gather_rows, sum_rows
 from tests.gpu.te_measure import (
     BF16,
@@ -163,15 +164,27 @@ def router(name):
     kind = ("sigmoid", bias) if sizes.sigmoid else ("softmax", None)
     scale = 2.5 if sizes.sigmoid else None
 
-    def score():
-        return fused_topk_with_score_function(logits, sizes.K, False, num_groups, top_groups, scale, *kind)
+    def score(**more):
+        return fused_topk_with_score_function(logits, sizes.K, False, num_groups, top_groups, scale, *kind, **more)
 
-    def ours_router():
+    groups = {} if sizes.groups is None else {"num_groups": num_groups, "top_groups": top_groups}
+    rule = Rule(sizes.K, sizes.sigmoid, True, scale or 1.0, 1e-20 if sizes.sigmoid else 0.0, **groups)
+
+    def torch_router():
         weights, _ = chosen(sizes, logits, bias)
         return torch.autograd.grad(weights, logits, probs_grad[:, : sizes.K])
 
-    def te_router():
+    def ours_router():
+        weights, _ = route(logits, bias if sizes.sigmoid else None, rule, torch.float32)
+        return torch.autograd.grad(weights, logits, probs_grad[:, : sizes.K])
+
+    def te_dense():
         return torch.autograd.grad(score()[0], logits, probs_grad)
+
+    def te_router():
+        where = torch.empty(TOKENS, sizes.K, dtype=torch.int64, device=DEVICE)
+        weights = score(topk_indices=where)[0].gather(1, where)
+        return torch.autograd.grad(weights, logits, probs_grad[:, : sizes.K])
 
     weights, index = chosen(sizes, logits, bias)
     dense = torch.zeros_like(logits).scatter(1, index, weights)
@@ -180,7 +193,10 @@ def router(name):
     off = error(probs[same], dense[same])
     gradients = [torch.autograd.grad(each, logits, probs_grad * same[:, None])[0] for each in (probs, dense)]
     values = {"te_error": off, "te_gradient_error": error(*gradients), "same_choice": same.float().mean().item()}
-    record("router", name, "scores and top-k, both ways", ours_ms=ms(ours_router), te_ms=ms(te_router), **values)
+    values |= {"torch_ms": ms(torch_router), "te_dense_ms": ms(te_dense)}
+    record(
+        "router", name, "weights and experts [N,K], both ways", ours_ms=ms(ours_router), te_ms=ms(te_router), **values
+    )
 
     probs = probs.detach().requires_grad_()
     whole_map, index = mask.to(torch.int32), mask.nonzero()[:, 1].view(TOKENS, sizes.K)

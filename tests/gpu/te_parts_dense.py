@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from moe_accel.kernels import te_attention, te_fp8, te_norm
 from moe_accel.kernels.rms_norm import rms_norm
 from tests.gpu.te_measure import (
     BF16,
@@ -97,8 +98,6 @@ def allocated(peak=False):
 
 def norm(name):
     import transformer_engine.pytorch as tep
-    import transformer_engine_torch as tex
-    from transformer_engine.pytorch.constants import TE_DType
 
     width = Sizes(name).H
     cases = {f"{width} wide": (TOKENS, width)}
@@ -111,10 +110,6 @@ def norm(name):
             module.weight.uniform_(0.5, 1.5)
         weight = module.weight
 
-        def te_function(x=x, gradient=gradient, weight=weight):
-            y, _, inverse = tex.rmsnorm_fwd(x.detach(), weight.detach(), 1e-6, None, None, TE_DType[BF16], 0, False)
-            return y, *tex.rmsnorm_bwd(gradient, x.detach(), inverse, weight.detach(), 0, False)
-
         def way(function, x=x, gradient=gradient, weight=weight):
             y = function(x)
             return y, *torch.autograd.grad(y, (x, weight), gradient)
@@ -125,7 +120,7 @@ def norm(name):
         arms = {
             "ours": lambda x=x, weight=weight, way=way: way(lambda x: rms_norm(x, weight, 1e-6)),
             "te_module": lambda module=module, way=way: way(module),
-            "te": te_function,
+            "te": lambda x=x, weight=weight, way=way: way(lambda x: te_norm.rms_norm(x, weight, 1e-6)),
         }
         found = {}
         for arm, function in arms.items():
@@ -138,24 +133,19 @@ def norm(name):
 
 
 def attention(name):
-    from transformer_engine.pytorch import DotProductAttention
-
     sizes = Sizes(name)
     width, value_width, kv_heads = sizes.head_dim, sizes.head_dim, sizes.kv_heads
     if name == "deepseek-v3":
         width, value_width = 192, 128
     batch, length = (1 if name == "deepseek-v3" else 4, 4096) if DEVICE.type == "cuda" else (1, 16)
-    module = DotProductAttention(
-        sizes.heads, (width, value_width), num_gqa_groups=kv_heads, qkv_format="bshd", attn_mask_type="causal"
-    )
 
     def torch_sdpa(q, k, v):
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=sizes.heads != kv_heads)
         return y.transpose(1, 2).flatten(2)
 
-    def te_attention(q, k, v):
-        return module(q, k, v).flatten(2) if q.dtype == BF16 else None
+    def by_te(q, k, v):
+        return te_attention.attend_rows(*(each.transpose(1, 2) for each in (q, k, v)), width**-0.5).flatten(2)
 
     def inputs(batch, length):
         shapes = (sizes.heads, width), (kv_heads, width), (kv_heads, value_width)
@@ -169,14 +159,14 @@ def attention(name):
     gradient = randn(1, small[0].shape[1], sizes.heads * value_width)
     exact = way(torch_sdpa, [each.detach().double().requires_grad_() for each in small], gradient.double())
     found = {}
-    for arm, function in (("ours", torch_sdpa), ("te", te_attention)):
+    for arm, function in (("ours", torch_sdpa), ("te", by_te)):
         pairs = zip(way(function, small, gradient), exact, strict=True)
         found[f"{arm}_error"] = max(error(one, other) for one, other in pairs)
     del exact
     large = inputs(batch, length)
     gradient = randn(batch, length, sizes.heads * value_width)
     found["ours_ms"] = ms(lambda: way(torch_sdpa, large, gradient), rep=150)
-    found["te_ms"] = ms(lambda: way(te_attention, large, gradient), rep=150)
+    found["te_ms"] = ms(lambda: way(by_te, large, gradient), rep=150)
     from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends as backends
 
     used = [key for key in ("use_flash_attention", "use_fused_attention", "use_unfused_attention") if backends.get(key)]
@@ -203,6 +193,10 @@ def fp8(name):
             y = functional.linear(x, weight)
             return y, *torch.autograd.grad(y, (x, weight), gradient)
 
+        def in_ours(x=x, gradient=gradient, weight=weight):
+            y = te_fp8.linear(x, weight, None)
+            return y, *torch.autograd.grad(y, (x, weight), gradient)
+
         def in_fp8(recipe, x=x, gradient=gradient, weight=weight, module=module):
             with tep.autocast(enabled=True, recipe=recipe):
                 y = module(x)
@@ -210,6 +204,8 @@ def fp8(name):
 
         exact = exact_linear(x, weight, gradient)
         ours = {"ours_ms": ms(bf16), "ours_error": max(error(a, b) for a, b in zip(bf16(), exact, strict=True))}
+        off = max(error(a, b) for a, b in zip(in_ours(), exact, strict=True))
+        record("fp8", name, f"{layer} {inner} -> {outer}, te_parts", te_ms=ms(in_ours), te_error=off, **ours)
         for recipe in (DelayedScaling(), Float8CurrentScaling()):
             label = f"{layer} {inner} -> {outer}, {type(recipe).__name__}"
             try:

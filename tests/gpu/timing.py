@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-BUSY_CYCLES = 2_000_000  # about 1 ms: longer than the host takes to start what is timed
+BUSY_CYCLES = 4_000_000  # about 2 ms: longer than the host takes to start what is timed
 Way = Callable[[], Any]
 
 

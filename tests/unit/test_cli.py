@@ -144,7 +144,7 @@ def test_a_closed_pipe_ends_it_silently():
             "  - unknown key 'ep_sze' (did you mean 'ep_size'?)\n"
             "  - kernels='tee' must be one of auto, reference, fused, te (did you mean 'te'?)\n"
             "hint: the keys are ep_size, dispatcher, kernels, dp_replicate_size, kept_layers, save_layout, "
-            "async_save, padding_free\n",
+            "async_save, padding_free, te_parts\n",
         ),
         (
             "distributed_type: FSDP\nnum_processes: 2\nmoe_config: {ep_size: 2}\n",

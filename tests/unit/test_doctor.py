@@ -58,7 +58,7 @@ def test_as_text_each_part_is_a_line_and_its_fix_the_next():
 
 def test_with_a_gpu_transformer_engine_has_its_command(monkeypatch):
     monkeypatch.setattr(doctor, "_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(te, "problem", lambda device: "it is not installed")
+    monkeypatch.setattr(te, "capability", lambda device: (9, 0))
     assert part("transformer_engine").fix == "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.17'"
 
 

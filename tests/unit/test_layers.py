@@ -25,6 +25,7 @@ LAYERS = [
     {"experts", "adapters"},
     {
         "block",
+        "dense",
         "kept",
         "lora",
         "loss",
@@ -152,6 +153,7 @@ def test_the_options_are_these_and_adding_one_is_a_decision():
         "kept_layers",
         *saving,
         "padding_free",
+        "te_parts",
     ) == OPTION_NAMES
     assert len(OPTION_NAMES) <= 12
 

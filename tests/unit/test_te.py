@@ -3,6 +3,8 @@
 import copy
 import importlib
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from moe_accel.errors import ConfigError, DependencyError
 from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gated import gated_experts
 from moe_accel.experts.routing import sort_by_expert
-from moe_accel.kernels import te
+from moe_accel.kernels import te, te_parts
 from moe_accel.kernels.grouped import TORCH, grouped_mm
 from tests import fake_transformer_engine
 from tests.fake_transformer_engine import CALLS
@@ -164,7 +166,7 @@ def test_a_package_that_cannot_be_used_gives_its_own_reason(package):
 
 
 def test_one_product_is_tried_before_it_is_taken(package):
-    assert te._tried(CPU) is None
+    assert te.tried(CPU) is None
     assert CALLS == {"NN": 1}
     package.setattr(te, "version", lambda: "2.20.2")
 
@@ -172,24 +174,45 @@ def test_one_product_is_tried_before_it_is_taken(package):
         out[0].zero_()
 
     fake_transformer_engine.install(package, wrong)
-    assert te._tried(CPU) == "general_grouped_gemm of transformer_engine 2.20.2 is off by 100%"
+    assert te.tried(CPU) == "general_grouped_gemm of transformer_engine 2.20.2 is off by 100%"
 
     def failing(A, B, out, quantization_params, out_dtype, layout="TN", m_splits=None, grad=False, single_output=False):
         raise RuntimeError("CUDA Error: no kernel image is available for execution on the device")
 
     fake_transformer_engine.install(package, failing)
     why = "RuntimeError: CUDA Error: no kernel image is available for execution on the device"
-    assert te._tried(CPU) == f"general_grouped_gemm of transformer_engine 2.20.2 fails: {why}"
+    assert te.tried(CPU) == f"general_grouped_gemm of transformer_engine 2.20.2 fails: {why}"
 
 
 def test_chosen_it_is_told_with_its_version_and_its_cost(package):
     package.setattr(te, "version", lambda: "2.20.2")
-    package.setattr(te, "_tried", lambda device: None)
+    package.setitem(te_parts.PARTS, "experts", te_parts.PARTS["experts"]._replace(tried=lambda device: None))
     assert str(plugin.choose_kernels("te", GPU)) == (
         "te (asked for: grouped GEMMs of the experts by TransformerEngine 2.20.2, all else as fused; "
         "waits once a layer for the experts' row counts)"
     )
     assert plugin.choose_kernels("auto", GPU).value == "fused"
+
+
+def test_it_is_given_the_cudnn_that_is_in_the_process(tmp_path):
+    library = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder, names in ((one, ("libcudnn.so.9", "libcudnn_ops.so.9")), (other, ("libcudnn.so.9",))):
+        folder.mkdir()
+        for name in names:
+            shutil.copy(library, folder / name)
+    for name in ("libcudnn_broken.so.9", "libcudnn.so", "libother.so.9"):
+        (one / name).write_text("no library")
+
+    def shared(*files):
+        maps = tmp_path / "maps"
+        maps.write_text("".join(f"7f-7f r-xp 0 103:05 77 {file}\n" for file in ("/lib/libc.so.6", *files)))
+        return te.share_cudnn(maps)
+
+    both = [str(one / "libcudnn.so.9"), str(one / "libcudnn_ops.so.9")]
+    assert shared(one / "libcudnn.so.9", one / "libcudnn.so.9") == both
+    assert shared(one / "libcudnn.so.9", other / "libcudnn.so.9") == []  # it is too late
+    assert shared() == te.share_cudnn(tmp_path / "nowhere") == []
 
 
 def test_its_one_kernel_on_hopper_is_asked_for_unless_somebody_did(package):
