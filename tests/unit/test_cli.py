@@ -188,7 +188,7 @@ def test_a_section_counts_more_than_a_variable_left_in_the_shell_and_says_so(mon
     launch.export_section({"ep_size": 2}, config)
     exported = (
         '{"ep_size": 2, "dispatcher": "auto", "kernels": "auto", "dp_replicate_size": null, "kept_layers": 0, '
-        '"save_layout": "per-expert", "async_save": false, "padding_free": "auto"}'
+        '"save_layout": "per-expert", "async_save": false, "padding_free": "auto", "te_parts": ["experts"]}'
     )
     assert os.environ["MOE_ACCEL_CONFIG"] == exported
     said = 'moe-accel: moe_config of the config file counts, not MOE_ACCEL_CONFIG={"ep_size": 4}\n'
