@@ -30,6 +30,7 @@ from transformers.activations import ReLUSquaredActivation
 
 from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gates import find_gate
+from moe_accel.experts.gathered import gathered_experts, gathers
 from moe_accel.experts.joined import Projection
 from moe_accel.experts.routing import LocalRouting
 from moe_accel.experts.weights import has_post_norm
@@ -91,6 +92,10 @@ def gated_experts(
         [R,H] in the dtype of x, differentiable once in x, up, down, weight_p, the factors and the biases.
     """
     x_ = x.to(dtype or autocast_dtype(x.device) or x.dtype)
+    plain = all(each is None for each in (up_factors, down_factors, *biases)) and gate == SWIGLU and gemm is TORCH
+    if plain and gathers(x_, up, down, len(weight_p)):
+        with without_autocast(x.device):
+            return gathered_experts(x_, up, down, weight_p, routing, lean).to(x.dtype)
     pairs, joined = [], []
     for given in (up_factors, down_factors):
         a, b, place, source = given or (None, None, None, None)

@@ -16,22 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
+class _Absent:
+    """Stands for a package that is not there; lets the kernels' decorators and annotations be read."""
+
+    constexpr = int
+
+    def jit(self, function: Any = None, **_: Any) -> Any:
+        """The function itself; called with options, what gives it."""
+        return (lambda itself: itself) if function is None else function
+
+
+ABSENT: Any = _Absent()
+
 try:
     import triton
     import triton.language as tl
 except ImportError:
-
-    class _Absent:
-        """Stands for a package that is not there; lets the kernels' decorators and annotations be read."""
-
-        constexpr = int
-
-        def jit(self, function: Any = None, **_: Any) -> Any:
-            """The function itself; called with options, what gives it."""
-            return (lambda itself: itself) if function is None else function
-
-    triton: Any = _Absent()
-    tl: Any = triton
+    triton: Any = ABSENT
+    tl: Any = ABSENT
 
 HAS_TRITON = hasattr(triton, "compile")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -65,6 +68,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     else:
         with torch.cuda.device(device):
             start(kernel, grid, device, args, constants)
+
+
+def launch_described(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """`launch` of a kernel that some tensors are described to, for TMA: by Triton, which makes the descriptors."""
+    first = args[0]
+    with torch.cuda.device(first.get_device()) if first.is_cuda else nullcontext():
+        kernel[grid](*args, **constants)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:

@@ -15,7 +15,10 @@ from moe_accel.kernels import (
     adam,
     cross_entropy,
     device,
+    gathering,
     glu,
+    gluon,
+    gluon_outer,
     message,
     rms_norm,
     rope,
@@ -33,9 +36,12 @@ SHARED_BYTES = 227 * 1024  # of a block on sm_90
 needs_triton = pytest.mark.skipif(not device.HAS_TRITON, reason="needs triton")
 
 
+INTERPRETED_FILES = ("kernels", "loss", "router", "sinks", "gathering")
+
+
 @needs_triton
 def test_kernels_equal_their_plain_forms_on_the_interpreter():
-    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("kernels", "loss", "router", "sinks")]
+    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in INTERPRETED_FILES]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -266,6 +272,66 @@ COMPILED = {
 }
 
 
+def described(*block):
+    """The type of a tensor that is described to TMA."""
+    return f"tensordesc<bf16{list(block)}>"
+
+
+def described_to_gluon(*block):
+    """Likewise, with the layout of its blocks in shared memory."""
+    layout = gluon.gl.NVMMASharedLayout.get_default_for(list(block), gluon.gl.bfloat16)
+    return f"tensordesc<bf16{list(block)},{layout!r}>"
+
+
+M, N, K = gluon.BLOCK_M, gluon.BLOCK_N, gluon.BLOCK_K
+OF_QWEN3 = {"HIDDEN": 2048, "INNER": 768}
+GATHERING = {
+    "tiles": (
+        gathering._tiles_kernel,
+        ["*i32"] * 4 + ["i32"] * 2,
+        {"BLOCK_M": gathering.BLOCK_M, "EXPERTS": 128, "num_warps": 1},
+    ),
+    **{
+        f"first projection of gathered rows{name}": (
+            gathering._up_kernel,
+            ["*bf16", described(2, 128, K), "*i32", "*fp32", "*bf16", "*bf16", "*i32", "*i32", "i32"],
+            {**OF_QWEN3, "BN": gathering.GATE_COLUMNS, "KEEP": keep, **gathering.OPTIONS},
+        )
+        for name, keep in (("", True), (", lean", False))
+    },
+    "backward of the second projection": (
+        gathering._down_backward_kernel,
+        ["*bf16", described(K, 256), "*i32", "*fp32"] + ["*bf16"] * 3 + ["*fp32", "*i32", "*i32", "i32", "i32"],
+        {**OF_QWEN3, "BN": gathering.COLUMNS, **gathering.OPTIONS},
+    ),
+    "sum of parts": (gathering._sum_parts_kernel, ["*fp32", "*fp32", "i32"], {"PARTS": 3, "BLOCK": 1024}),
+}
+COMPILED |= GATHERING
+if device.IS_TRITON_36:
+    OF_GLUON = {"STEP": 132, **gluon.CONSTANTS}
+    COMPILED |= {
+        **{
+            f"gluon: products{name}": (
+                gluon._multiply_kernel,
+                ["*bf16", described_to_gluon(M, K), block, described_to_gluon(M, N), "*i32", "*i32", "i32"],
+                {"A": 768, "B": 2048, "TRANSPOSED": turned, **OF_GLUON},
+            )
+            for name, turned, block in (
+                ("", False, described_to_gluon(K, N)),
+                (", turned", True, described_to_gluon(N, K)),
+            )
+        },
+        **{
+            f"gluon: gradients of matrices, {side} gathered": (
+                gluon_outer._outer_kernel,
+                ["*bf16", described_to_gluon(K, N if is_left else M), described_to_gluon(M, N), *["*i32"] * 3, "i32"],
+                {"M": 2048, "N": 768, "IS_LEFT": is_left, **OF_GLUON},
+            )
+            for side, is_left in (("left", True), ("right", False))
+        },
+    }
+
+
 OPTIONS = {cross_entropy._softmax_gradient_kernel: {"num_warps": 16}}
 REGISTERS, THREADS = 65_536, 2048  # of a multiprocessor of sm_90
 
@@ -279,8 +345,10 @@ def compiled_for_sm_90(kernel, types, constants):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    kind = GluonASTSource if type(kernel).__name__ == "GluonJITFunction" else ASTSource
+    source = kind(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS.get(kernel, {}) | options)
 
 
@@ -304,7 +372,7 @@ def test_compiles_for_sm_90_without_spills(kernel, types, constants, tmp_path):
     assert set(stack) == {"0"}, printed
 
 
-COUNTS = {"num_rows", "num_pairs", "num_kept", "num_blocks", "num_tokens"}
+COUNTS = {"num_rows", "num_pairs", "num_kept", "num_blocks", "num_tokens", "max_tiles"}
 """Parameters that are other numbers in every step; not `num_choices`, of which kernels have two forms on purpose."""
 
 

@@ -1,0 +1,115 @@
+"""Gated experts whose GEMMs gather their rows and do the gate on the way out: nothing of [P,H] is written but the two
+results that are summed over experts.
+
+The same function as in `gated.py`, of the same two halves, with the same things kept: x, the first projection's output
+and the routing. For experts with SwiGLU, without biases and adapters, in the layout of Hugging Face, on sm_90 with
+Triton 3.6. It pays where experts are small, so that what is around their products counts (`kernels/gathering.py`,
+`kernels/gluon.py`): one H100, 16,384 tokens, forward and backward of all experts of a layer, outputs compared:
+qwen3-30b-a3b 8.48 to 7.27 ms (random routing), 8.69 to 7.79 (Zipf); mixtral-8x7b 57.0 to 55.4, deepseek-v3 57.5 to
+57.1. QuACK 0.3.11, whose GEMMs gather too: 7.28 and 7.85, mixtral-8x7b 54.6.
+
+Sizes: R rows, H hidden, e local experts, P sorted pairs, I inner.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_accel.experts.routing import LocalRouting
+from moe_accel.kernels.device import IS_TRITON_36, capability
+from moe_accel.kernels.gathering import Tiles, down_glu_backward, find_tiles, fits, up_glu
+from moe_accel.kernels.gluon import multiply
+from moe_accel.kernels.gluon_outer import outer_of_gathered
+from moe_accel.kernels.rows import sum_copies
+
+IS_ON = os.environ.get("MOE_ACCEL_GATHERING") == "1"
+"""Off until whole steps are measured with it."""
+MOST_INNER, LEAST_PAIRS = 1024, 65_536
+"""Where it pays: I at most, and P at least, since the host takes longer to start these kernels."""
+
+
+def gathers(x: Tensor, up: Tensor, down: Tensor, num_pairs: int) -> bool:
+    """Whether these are for the kernels here, and gain: x [R,H] as it is multiplied, up [e,H,2I], down [e,I,H]."""
+    if not (IS_ON and IS_TRITON_36 and x.is_cuda and x.dtype == torch.bfloat16) or torch.compiler.is_compiling():
+        return False
+    inner, hidden = down.shape[1:]
+    pays = inner <= MOST_INNER and num_pairs >= LEAST_PAIRS
+    is_stacked = up.transpose(1, 2).is_contiguous() and down.transpose(1, 2).is_contiguous()
+    return pays and fits(hidden, inner) and is_stacked and capability(x.device)[0] == 9
+
+
+def gathered_experts(
+    x: Tensor, up: Tensor, down: Tensor, weight_p: Tensor, routing: LocalRouting, lean: bool = False
+) -> Tensor:
+    """Weighted sum of each row's experts.
+
+    Args:
+        x: [R,H].
+        up: [e,H,2I], the transposed view of a contiguous stack, gate rows first; in any dtype.
+        down: [e,I,H], likewise.
+        weight_p: [P], routing weights of the sorted pairs.
+        routing: of the rows.
+        lean: compute the first projection again in backward rather than keep its output.
+
+    Returns:
+        [R,H] in the dtype of x, differentiable once in x, up, down and weight_p.
+    """
+    sources = routing.rows.sources.int()
+    tiles = find_tiles(routing.ends, len(sources))
+    places = sources, routing.rows.copies, routing.rows.starts, *tiles
+    inner: Any = _Inner.apply
+    a, carrier = inner(x.contiguous(), up, down, weight_p, *places, lean)
+    outer: Any = _Outer.apply
+    return outer(carrier, a, down, *places)
+
+
+class _Inner(torch.autograd.Function):
+    """x to the second projection's input [P,I], and all of backward: see `gated._Inner`."""
+
+    @staticmethod
+    def forward(ctx: Any, x, up, down, weight_p, sources, copies, starts, *rest: Any) -> tuple[Tensor, Tensor]:
+        *tiles, lean = rest
+        ctx.set_materialize_grads(False)
+        u, a = up_glu(x, sources, up.to(x.dtype).transpose(1, 2), weight_p, Tiles(*tiles), keep=not lean)
+        ctx.save_for_backward(x, up, down, weight_p, u, sources, copies, starts, *tiles)
+        ctx.mark_non_differentiable(a)
+        return a, x.new_empty(1, 1).expand(len(x), down.shape[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradients[1] is None:
+            return (None,) * 12
+        gradient = gradients[1].contiguous()
+        x, up, down, weight_p, u, sources, copies, starts, *rest = ctx.saved_tensors
+        tiles = Tiles(*rest)
+        needs_x, needs_up, needs_down, needs_weight = ctx.needs_input_grad[:4]
+        up_, down_ = (each.to(x.dtype).transpose(1, 2) for each in (up, down))
+        u: Any = up_glu(x, sources, up_, weight_p, tiles)[0] if u is None else u
+        u_grad, weight_grad, a = down_glu_backward(gradient, sources, down_, u, weight_p, tiles)
+        del u
+        x_grad = up_grad = down_grad = None
+        if needs_down:
+            down_grad = outer_of_gathered(gradient, a, sources, tiles, is_left=True).transpose(1, 2).to(down.dtype)
+        del a
+        if needs_x:
+            x_grad = sum_copies(multiply(u_grad, up_, tiles), copies, starts)
+        if needs_up:
+            up_grad = outer_of_gathered(u_grad, x, sources, tiles, is_left=False).transpose(1, 2).to(up.dtype)
+        return x_grad, up_grad, down_grad, weight_grad if needs_weight else None, *(None,) * 8
+
+
+class _Outer(torch.autograd.Function):
+    """The second projection and the sum over experts: see `gated._Outer`."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier, a, down, sources, copies, starts, *tiles: Tensor) -> Tensor:
+        return sum_copies(multiply(a, down.to(a.dtype), Tiles(*tiles)), copies, starts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], *(None,) * 9
