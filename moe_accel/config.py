@@ -97,6 +97,8 @@ class MoEOptions:
             if part not in TE_PARTS:
                 near = _did_you_mean(part, TE_PARTS)
                 yield f"te_parts has {part!r}, which must be one of {', '.join(TE_PARTS)}{near}"
+        if len(set(map(str, parts))) < len(parts):
+            yield f"te_parts={list(parts)} names one twice"
         if tuple(parts) != ("experts",) and self.kernels != "te":
             yield f"te_parts={list(parts)} needs kernels: te, not {self.kernels!r}"
 

@@ -220,7 +220,9 @@ def _check_choices(options: MoEOptions) -> None:
     for name in options.te_parts if options.kernels == "te" else ():
         problem = te_parts.problem(_device(), name)
         if problem is not None:
-            raise ConfigError(f"{te_parts.asked_for(name)} cannot be used: {problem}", "kernels: auto")
+            raise ConfigError(
+                f"{te_parts.asked_for(name, options.te_parts)} cannot be used: {problem}", "kernels: auto"
+            )
 
 
 def _device() -> Any:

@@ -25,7 +25,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from moe_accel.kernels.device import autocast_dtype, without_autocast
 from moe_accel.siblings import ATTRIBUTE, Siblings, introduce
-from moe_accel.swap import become, is_bare
+from moe_accel.swap import become, is_bare, own_class
 
 
 def install(model: nn.Module, autocasts: bool = False) -> tuple[int, dict[str, int]]:
@@ -58,6 +58,8 @@ def num_rounded(model: nn.Module) -> int:
 def _why_with_peft(layer: Any, autocasts: bool) -> str | None:
     """What a user has chosen that `lora_linears` does not compute in training; None: it computes the layer."""
     active = _active(layer)
+    if type(layer.base_layer) is not nn.Linear:
+        return "a base layer in FP8"
     if len(active) != 1:
         return f"{len(active)} active adapters"
     name = active[0]
@@ -100,7 +102,7 @@ def _is_lora_linear(module: nn.Module) -> bool:
     kind = type(module)
     if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
         return False
-    return "forward" not in vars(module) and type(module.base_layer) is nn.Linear
+    return "forward" not in vars(module) and own_class(module.base_layer) is nn.Linear
 
 
 class Part(NamedTuple):

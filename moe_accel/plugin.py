@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_accel import block, checkpoint, dense, experts, garbage, kept, lora, loss, padding, streaming
+from moe_accel import block, checkpoint, engine, experts, garbage, kept, lora, loss, padding, streaming
 from moe_accel import optimizer as optimizers
 from moe_accel.dispatch import choose
 from moe_accel.errors import UnsupportedModelError
@@ -167,7 +167,9 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     kept_said = kept.keep(_unwrapped(model), config.kept_layers, accelerator)
 
     kernels = choose_kernels(config.kernels, accelerator.device, config.te_parts)
-    of_experts = "fused" if kernels.value == "te" and "experts" not in config.te_parts else kernels.value
+    parts, te_said = engine.choose(_unwrapped(model), config.te_parts, how_computed(accelerator))
+    parts = parts if kernels.value == "te" else []
+    of_experts = "fused" if kernels.value == "te" and "experts" not in parts else kernels.value
     group = config.sparse_mesh.get_group("ep") if config.ep_size > 1 else None
     dispatcher = choose.choose(config.dispatcher, group, traffic(found), accelerator.device)
     lean = kept.kept_experts(_unwrapped(model))
@@ -189,14 +191,15 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         num_local_experts=" or ".join(str(size // config.ep_size) for size in sizes),
         dispatcher=dispatcher,
         kernels=kernels,
-        **choose_rest(kernels, _unwrapped(model), accelerator),
+        **choose_rest(kernels, _unwrapped(model), accelerator, "norms" in parts),
         num_expert_parameters=sum(count for count, _ in counts),
         num_trainable=sum(count for count, trainable in counts if trainable),
         notes=(
             *experts.told_of_adapters(model, used, adapted),
             *told_of_general_path(kernels, used),
             *beside_said,
-            *told_of_te(kernels, model, config.te_parts),
+            *(te_said if kernels.value == "te" else ()),
+            *engine.install(_unwrapped(model), parts),
             *told_of_lora(kernels, model, accelerator.mixed_precision),
             *padding.told_of_attention(model),
             *told_of_wrapping(model, found, accelerator),
@@ -252,32 +255,26 @@ def choose_kernels(asked: str, device: torch.device, parts: Sequence[str] = ("ex
     return Choice("fused", f"{'asked for' if asked == 'fused' else asked}: {how}")
 
 
-def choose_rest(kernels: Choice, model: nn.Module, accelerator: Accelerator) -> dict[str, Choice]:
+def how_computed(accelerator: Accelerator) -> engine.Computed:
+    """How models of this Accelerator are to be trained."""
+    dynamo: Any = getattr(accelerator.state, "dynamo_plugin", None)
+    compiled = dynamo is not None and dynamo.backend != DynamoBackend.NO
+    return engine.Computed(accelerator.mixed_precision, accelerator.is_fsdp2, compiled)
+
+
+def choose_rest(
+    kernels: Choice, model: nn.Module, accelerator: Accelerator, te_norms: bool = False
+) -> dict[str, Choice]:
     """How the rest of a block, the loss of `labels=` and padding are computed, and why, as fields of the report."""
     if kernels.value == "reference":
         native = Choice("native", "as transformers does it, with kernels: reference")
         return {"block": native, "loss": native, "padding": Choice("computed", native.reason)}
     config: Any = accelerator.parallelism_config
-    dynamo: Any = getattr(accelerator.state, "dynamo_plugin", None)
-    compiled = dynamo is not None and dynamo.backend != DynamoBackend.NO
-    te_norms = kernels.value == "te" and "norms" in config.te_parts
     return {
         "block": block.install(model, accelerator.device, accelerator.mixed_precision, te_norms),
         "loss": loss.install(model, accelerator.mixed_precision),
-        "padding": padding.install(model, config.padding_free, compiled),
+        "padding": padding.install(model, config.padding_free, how_computed(accelerator).compiled),
     }
-
-
-def told_of_te(kernels: Choice, model: nn.Module, parts: Sequence[str]) -> list[str]:
-    """Let TransformerEngine attend, and compute large linear layers, where that is asked for."""
-    if kernels.value != "te":
-        return []
-    said = []
-    if "attention" in parts:
-        num_layers = padding.attention.let_te_attend(_unwrapped(model))
-        of_these = f"{num_layers} layers attend by TransformerEngine, where they attend causally without dropout"
-        said += [of_these if num_layers else "no attention by TransformerEngine: attn_implementation is not sdpa"]
-    return said + ([dense.install(_unwrapped(model))] if "fp8" in parts else [])
 
 
 def told_of_lora(kernels: Choice, model: nn.Module, precision: str) -> list[str]:

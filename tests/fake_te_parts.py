@@ -11,8 +11,17 @@ import types
 import torch
 from torch.nn import functional
 
-NAMES = (".constants", ".quantized_tensor", ".tensor", ".tensor.float8_tensor")
+NAMES = (
+    ".attention",
+    ".attention.dot_product_attention",
+    ".constants",
+    ".quantized_tensor",
+    ".tensor",
+    ".tensor.float8_tensor",
+)
 DTYPES = types.SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2")
+BACKENDS = {"use_unfused_attention": False}
+"""What the last attention was computed by."""
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
@@ -93,6 +102,7 @@ def fill(modules, calls):
             return functional.scaled_dot_product_attention(query, key, value, seen, scale=self.scale).transpose(1, 2)
 
     modules[of_torch].DotProductAttention = DotProductAttention
+    modules[f"{of_torch}.attention.dot_product_attention"]._attention_backends = BACKENDS
     fill_fp8(modules, calls)
 
 

@@ -79,6 +79,7 @@ def install(monkeypatch, gemm=general_grouped_gemm):
         te_norm._functions,
         te_attention._kind,
         te_attention._module,
+        te_attention._suits,
         te_fp8._functions,
         te_fp8._quantiser,
     )

@@ -5,7 +5,7 @@ The same function as in `gated.py`, of the same two halves, with the same things
 and the routing. For experts with SwiGLU, without biases and adapters, in the layout of Hugging Face, on sm_90 with
 Triton 3.6. It pays where experts are small, so that what is around their products counts (`kernels/gathering.py`,
 `kernels/gluon.py`): one H100, 16,384 tokens, forward and backward of all experts of a layer, outputs compared:
-qwen3-30b-a3b 8.48 to 7.27 ms (random routing), 8.69 to 7.79 (Zipf); mixtral-8x7b 57.0 to 55.4, deepseek-v3 57.5 to
+qwen3-30b-a3b 8.36 to 7.19 ms (random routing), 8.69 to 7.75 (Zipf); mixtral-8x7b 56.8 to 55.4, deepseek-v3 57.4 to
 57.1. QuACK 0.3.11, whose GEMMs gather too: 7.28 and 7.85, mixtral-8x7b 54.6.
 
 Sizes: R rows, H hidden, e local experts, P sorted pairs, I inner.
@@ -38,7 +38,8 @@ def gathers(x: Tensor, up: Tensor, down: Tensor, num_pairs: int) -> bool:
     inner, hidden = down.shape[1:]
     pays = inner <= MOST_INNER and num_pairs >= LEAST_PAIRS
     is_stacked = up.transpose(1, 2).is_contiguous() and down.transpose(1, 2).is_contiguous()
-    return pays and fits(hidden, inner) and is_stacked and capability(x.device)[0] == 9
+    is_aligned = not any(each.data_ptr() % 16 for each in (up, down))  # TMA wants it
+    return pays and fits(hidden, inner) and is_stacked and is_aligned and capability(x.device)[0] == 9
 
 
 def gathered_experts(

@@ -1,12 +1,13 @@
 """Grouped GEMMs for sm_90 in Gluon, of Triton 3.6: some warps load, the others multiply, results leave meanwhile.
 
-A program holds a ring of tiles in shared memory. Four warps (one, where nothing is gathered) fill it, by TMA and, of
-gathered rows, by cp.async through their index; eight warps empty it with WGMMA. What they find goes to shared memory
-and from there by TMA, while the next tile is loaded and multiplied.
+A program holds a ring of tiles in shared memory. One warp fills it by TMA (four where rows are gathered, by cp.async
+through their index: `gluon_outer.py`); eight warps empty it with WGMMA. What they find goes to shared memory and from
+there by TMA, while the next tile is loaded and multiplied.
 
-Results are torch's grouped_mm's to the bit (one H100). 16,384 tokens, 8 of 128 experts, hidden 2048, inner 768, beside
-grouped_mm and what is gathered for it: down 0.67 ms and 0.82, dX 1.35 and 1.55, gradients of up 1.38 and 1.69, of
-down 0.68 and 0.99. Gluon changes with Triton's versions, and has no interpreter: elsewhere it is torch's products.
+Results had the bits of torch's grouped_mm wherever the two were compared (one H100). 16,384 tokens, 8 of 128 experts,
+hidden 2048, inner 768, beside grouped_mm and what is gathered for it: down 0.67 ms and 0.82, dX 1.35 and 1.55,
+gradients of up 1.38 and 1.69, of down 0.68 and 0.99. Gluon changes with Triton's versions, and has no interpreter:
+elsewhere it is torch's products.
 
 Sizes: N rows, P sorted pairs, e experts, A inner, B outer.
 """
@@ -26,7 +27,6 @@ if IS_TRITON_36:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
-        async_copy,
         fence_async_shared,
         mbarrier,
         tma,
@@ -37,7 +37,7 @@ if IS_TRITON_36:
 else:
     gluon: Any = ABSENT
     gl: Any = ABSENT
-    async_copy = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = ABSENT
+    fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = ABSENT
     TensorDescriptor: Any = ABSENT
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64

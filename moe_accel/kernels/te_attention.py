@@ -26,9 +26,48 @@ def takes(query: Tensor, value: Tensor) -> bool:
     return fits and te.on_gpu(query) and all(width % 8 == 0 and width <= 256 for width in widths)
 
 
+def suits(query: Tensor, key: Tensor, value: Tensor, scale: float, form: str, is_windowed: bool = False) -> bool:
+    """Whether a fused kernel of it is for such heads [...,D], as rows (`bshd`) or packed (`thd`); asked once a kind.
+
+    Where none is, it would make all scores [T,T], or stop.
+    """
+    sizes = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
+    return _suits(*sizes, scale, form, is_windowed, query.dtype, query.device)
+
+
+@functools.cache
+def _suits(
+    num_heads: int,
+    num_key_heads: int,
+    width: int,
+    value_width: int,
+    scale: float,
+    form: str,
+    is_windowed: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    shapes = (num_heads, width), (num_key_heads, width), (num_key_heads, value_width)
+    query, key, value = (torch.zeros(1, heads, 64, each, dtype=dtype, device=device) for heads, each in shapes)
+    bounds = torch.tensor([0, 24, 64], dtype=torch.int32, device=device)
+    with torch.no_grad():  # nothing is saved: whoever counts what a forward saves must not count this
+        try:
+            if form == "bshd":
+                attend_rows(query, key, value, scale)
+            else:
+                q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+                attend_packed(q, k, v, bounds, 40, 8 if is_windowed else None, scale)
+        except (RuntimeError, ValueError, AssertionError):
+            return False
+    chosen = getattr(te.load("transformer_engine.pytorch.attention.dot_product_attention"), "_attention_backends", {})
+    return not chosen.get("use_unfused_attention", False)
+
+
 def attend_rows(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention of rows: query [B,Q,T,D], key [B,K,T,D], value [B,K,T,V] -> [B,T,Q,V], contiguous."""
-    query, key, value = (each.transpose(1, 2).contiguous() for each in (query, key, value))  # it looks at no strides
+    query, key, value = (
+        each.transpose(1, 2).contiguous() for each in (query, key, value)
+    )  # strides would be read wrongly
     module = _module(*_heads(query, key, value), scale, "bshd")
     return module(query, key, value).unflatten(-1, (query.shape[2], -1))
 

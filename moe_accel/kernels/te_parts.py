@@ -50,7 +50,7 @@ def check(device: torch.device, names: Sequence[str]) -> None:
     """
     for name in names:
         part = PARTS[name]
-        asked = asked_for(name)
+        asked = asked_for(name, names)
         others = [each for each in names if each != name and problem(device, each) is None]
         instead = f"te_parts: [{', '.join(others)}]" if others else "kernels: auto"
         found = te.wrong_device(device, part.least, part.feature)
@@ -62,9 +62,9 @@ def check(device: torch.device, names: Sequence[str]) -> None:
             raise DependencyError(f"{asked} cannot be used: {found}", fix)
 
 
-def asked_for(name: str) -> str:
-    """The setting by which a part was asked for."""
-    return "kernels=te" if name == "experts" else f"kernels=te with {name} in te_parts"
+def asked_for(name: str, names: Sequence[str]) -> str:
+    """The setting by which a part was asked for, alone or with others."""
+    return "kernels=te" if list(names) == ["experts"] else f"kernels=te with {name} in te_parts"
 
 
 def told(names: Sequence[str]) -> str:

@@ -113,7 +113,7 @@ def _attention(original: Callable) -> Callable:
     ) -> Any:
         by_te = getattr(module, BY_TE, False) and not torch.compiler.is_compiling()
         if not isinstance(attention_mask, Packed):
-            if by_te and attention_mask is None and is_causal(module, query, key, **kwargs):
+            if by_te and attention_mask is None and is_plain(module, query, key, **kwargs):
                 done = _by_te(query, key, value, None, kwargs.get("scaling"))
                 if done is not None:
                     return done, None
@@ -132,16 +132,14 @@ def _attention(original: Callable) -> Callable:
 
 def let_te_attend(model: nn.Module) -> int:
     """Let TransformerEngine compute the causal attention of a model under `sdpa`; returns of how many layers."""
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa":
-        return 0
     install()
-    found = [module for module in model.modules() if hasattr(module, "is_causal") and module.is_causal]
+    found = [module for module in model.modules() if getattr(module, "is_causal", False)]
     for module in found:
         setattr(module, BY_TE, True)
     return len(found)
 
 
-def is_causal(
+def is_plain(
     module: Any, query: Tensor, key: Tensor, dropout: float = 0.0, is_causal: bool | None = None, **rest: Any
 ) -> bool:
     """Whether sdpa without a mask would be causal attention and nothing else: of all tokens, each to those before."""
@@ -158,9 +156,13 @@ def _by_te(query: Tensor, key: Tensor, value: Tensor, mask: Packed | None, scale
     scale = cast(float, query.shape[-1] ** -0.5 if scale is None else scale)
     with torch.autocast(query.device.type, enabled=False):
         if mask is None:
+            if not te_attention.suits(query, key, value, scale, "bshd"):
+                return None
             return te_attention.attend_rows(query, key, value, scale)
         longest = max(mask.rows.lengths)
         window = None if mask.window is None or mask.window >= longest else mask.window
+        if not te_attention.suits(query, key, value, scale, "thd", window is not None):
+            return None
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
         return te_attention.attend_packed(q, k, v, mask.rows.bounds, longest, window, scale).unsqueeze(0)
 

@@ -110,8 +110,9 @@ def main():
                 row = {"shape": shape, "arm": arm, "layers": DEPTHS.get(shape, (2, 256))[0]}
                 if file.exists():
                     found, measured = torch.load(file, weights_only=False)
-                    reference = reference or found
-                    row |= {"loss": found.loss, **differences(found, reference), **measured}
+                    reference = found if arm == "native" else reference
+                    off = {} if reference is None else differences(found, reference)
+                    row |= {"loss": found.loss, **off, **measured}
                 else:
                     row["error"] = " ".join(done.stderr.strip().splitlines()[-3:]) or "nothing said"
                 rows.append(row)
@@ -127,7 +128,7 @@ def show(rows):
         if "ms" not in row:
             print(f"{row['shape']:<16} {row['arm']:<24} {row['error']}")
             continue
-        off = " ".join(f"{row[name]:9.2e}" for name in ("loss_off", "gradients_off", "norms_off"))
+        off = " ".join(f"{row.get(name, float('nan')):9.2e}" for name in ("loss_off", "gradients_off", "norms_off"))
         measured = f"{row['ms']:8.1f} ms {row['peak_gib']:6.1f} GiB  {row['losses'][-1]:.4f}"
         print(f"{row['shape']:<16} {row['arm']:<24} {measured}  {off}")
 

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from moe_accel import MoEConfig, dense
+from moe_accel import MoEConfig, engine
 from moe_accel.kernels import te_attention, te_fp8, te_norm, te_parts
 from moe_accel.kernels.rms_norm import rms_norm
 from moe_accel.plugin import reports
@@ -155,7 +155,7 @@ def test_recompute_and_frozen_weights_change_no_bit_in_fp8():
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def prepared(parts, precision="no", monkeypatch=None):
+def prepared(parts, precision="no"):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     config = MoEConfig(kernels="te", te_parts=parts) if parts else MoEConfig()
@@ -214,7 +214,7 @@ def test_evaluation_is_not_in_fp8(monkeypatch):
     torch.manual_seed(0)
     model = build_tiny("qwen3_moe", BF16).to(DEVICE)
     other = copy.deepcopy(model)
-    said = dense.install(other)
+    said = engine.compute_in_fp8(other)
     index = torch.arange(64, device=DEVICE).view(4, 16) % 64
     assert said.endswith("linear layers in FP8: those of 0 weights and more")
     assert torch.equal(other.eval()(index).logits, model.eval()(index).logits)

@@ -25,7 +25,7 @@ LAYERS = [
     {"experts", "adapters"},
     {
         "block",
-        "dense",
+        "engine",
         "kept",
         "lora",
         "loss",

@@ -1,23 +1,26 @@
 """`te_parts`: norms, attention and FP8 layers by TransformerEngine's calling contract, or the exact reason why not."""
 
 import copy
+import sys
 
+import peft
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import AttentionInterface
 
-from moe_accel import block, dense, doctor, plugin
+from moe_accel import MoEConfig, block, doctor, engine, lora, plugin
 from moe_accel.config import TE_PARTS, MoEOptions
 from moe_accel.errors import ConfigError, DependencyError
 from moe_accel.kernels import te, te_attention, te_fp8, te_norm, te_parts
 from moe_accel.kernels.rms_norm import rms_norm
 from moe_accel.padding import attention
 from moe_accel.padding.rows import Rows
-from moe_accel.report import Choice
-from tests import fake_transformer_engine
+from tests import fake_te_parts, fake_transformer_engine
 from tests.fake_transformer_engine import CALLS
 from tests.families import build_tiny
 
@@ -119,7 +122,7 @@ def attended(module, mask=None, length=6, dtype=BF16, **how):
 
 def test_causal_attention_of_marked_modules_is_theirs(package):
     assert error(attended(Attention()), attended(Attention(by_te=False))) < 0.01
-    assert CALLS == {"bshd": 1}
+    assert CALLS == {"bshd": 2}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,7 @@ def test_packed_sequences_are_theirs_too(package, window):
     found, expected = (attended(Attention(by_te=by_te), packed) for by_te in (True, False))
     assert found.shape == expected.shape
     assert error(found, expected) < 0.01
-    assert CALLS == {"thd": 1}
+    assert CALLS == {"thd": 2}
 
 
 def test_with_sinks_packed_sequences_stay_ours(package):
@@ -155,18 +158,51 @@ def test_with_sinks_packed_sequences_stay_ours(package):
 
 
 def test_only_under_sdpa_attention_is_theirs_and_the_report_says_so(package):
-    te_choice = Choice("te", "asked for")
     model = build_tiny("qwen3_moe", BF16)
-    assert plugin.told_of_te(te_choice, model, ["attention"]) == [
+    assert engine.install(model, ["attention"]) == [
         "2 layers attend by TransformerEngine, where they attend causally without dropout"
     ]
     model(torch.arange(8)[None])
-    assert CALLS["bshd"] == 2
+    assert CALLS["bshd"] == 3  # one of them asks whether there is a kernel for such heads
     model = build_tiny("qwen3_moe", BF16)
     model.set_attn_implementation("eager")
-    why = "no attention by TransformerEngine: attn_implementation is not sdpa"
-    assert plugin.told_of_te(te_choice, model, ["attention"]) == [why]
-    assert plugin.told_of_te(Choice("fused", "auto"), model, ["attention"]) == []
+    why = "no attention by TransformerEngine: attn_implementation is eager, not sdpa"
+    assert engine.install(model, ["attention"]) == [why]
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model.set_attn_implementation("sdpa")
+    assert engine.install(model, ["attention"]) == ["no attention by TransformerEngine: no layer is causal"]
+    assert engine.install(model, []) == []
+
+
+@pytest.mark.parametrize("how", ["all scores", "no kernel"])
+def test_heads_that_it_has_no_fused_kernel_for_stay_transformers(package, how):
+    if how == "all scores":
+        package.setitem(fake_te_parts.BACKENDS, "use_unfused_attention", True)
+    else:
+        package.setattr(te_attention, "attend_rows", raising)
+    packed = attention.Packed(rows_of([4, 2]), 3)
+    if how == "no kernel":
+        package.setattr(te_attention, "attend_packed", raising)
+    for mask in (None, packed):
+        found, expected = (attended(Attention(by_te=by_te), mask) for by_te in (True, False))
+        assert torch.equal(found, expected)
+    assert sum(CALLS.values()) == (2 if how == "all scores" else 0)  # the questions
+    attended(Attention(), packed)
+    assert sum(CALLS.values()) == (2 if how == "all scores" else 0)
+
+
+def raising(*_):
+    raise ValueError("No dot product attention backend is available for the provided inputs.")
+
+
+def test_the_question_is_not_saved_for_backward(package):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        q = torch.randn(1, 2, 6, 8, dtype=BF16, requires_grad=True)
+        assert te_attention.suits(q, q, q, 0.3, "bshd")
+        assert te_attention.suits(q, q, q, 0.3, "thd", is_windowed=True)
+    assert not kept
 
 
 # ---- FP8
@@ -219,15 +255,15 @@ def test_a_recompute_gives_the_same_bits_in_fp8(package):
 
 
 def in_fp8(model):
-    return sorted(name for name, each in model.named_modules() if isinstance(each, dense._InFP8))
+    return sorted(name for name, each in model.named_modules() if isinstance(each, engine._InFP8))
 
 
 def test_layers_that_are_large_compute_in_fp8_in_training_and_the_output_layer_does_not(package):
     package.setattr(te_fp8, "WORTH", 16 * 32)
     model = build_tiny("qwen3_moe", BF16, hidden_size=32, head_dim=16, num_attention_heads=2, num_key_value_heads=1)
     state = {name: (each.shape, each.dtype) for name, each in model.state_dict().items()}
-    assert dense.install(model) == "8 of 9 linear layers in FP8: those of 512 weights and more"
-    assert dense.install(model) == "8 of 9 linear layers in FP8: those of 512 weights and more"
+    assert engine.compute_in_fp8(model) == "8 of 8 linear layers in FP8: those of 512 weights and more"
+    assert engine.compute_in_fp8(model) == "8 of 8 linear layers in FP8: those of 512 weights and more"
     expected = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "koqv"]
     assert in_fp8(model) == expected
     index = torch.arange(16)[None]
@@ -248,9 +284,9 @@ def test_small_layers_hooked_layers_and_odd_sizes_stay(package):
     package.setattr(te_fp8, "WORTH", 1024)
     model = nn.Sequential(nn.Linear(32, 31), nn.Linear(31, 64), nn.Linear(64, 16, bias=False), nn.Linear(16, 48))
     model[2].register_forward_hook(lambda *_: None)
-    assert dense.install(model) == "0 of 4 linear layers in FP8: those of 1,024 weights and more"
+    assert engine.compute_in_fp8(model) == "0 of 4 linear layers in FP8: those of 1,024 weights and more"
     model[2]._forward_hooks.clear()
-    assert dense.install(model) == "1 of 4 linear layers in FP8: those of 1,024 weights and more"
+    assert engine.compute_in_fp8(model) == "1 of 4 linear layers in FP8: those of 1,024 weights and more"
 
 
 def test_fp32_and_autocast_in_fp8(package):
@@ -258,7 +294,7 @@ def test_fp32_and_autocast_in_fp8(package):
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(32, 48))
     plain = copy.deepcopy(layer)
-    dense.install(layer)
+    engine.compute_in_fp8(layer)
     x = torch.randn(16, 32)
     assert torch.equal(layer(x), plain(x))
     assert not CALLS
@@ -271,7 +307,102 @@ def test_fp32_and_autocast_in_fp8(package):
     assert CALLS["fp8 NT"] == 1
 
 
+def adapted(**how):
+    model = build_tiny("qwen3_moe", BF16, hidden_size=32, head_dim=16, num_attention_heads=2, num_key_value_heads=2)
+    config = peft.LoraConfig(r=16, target_modules=["q_proj", "v_proj"], **how)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False).train()
+
+
+def test_with_lora_base_layers_are_in_fp8_adapters_are_not_and_the_report_says_who_computes(package):
+    package.setattr(te_fp8, "WORTH", 0)
+    model = adapted()
+    engine.compute_in_fp8(model)
+    names = {name.rsplit(".", 1)[-1] for name in in_fp8(model)}
+    assert names == {"base_layer", "k_proj", "o_proj"}
+    assert lora.install(model) == (0, {"a base layer in FP8": 4})
+    index = torch.arange(16)[None]
+    model(input_ids=index, labels=index).loss.backward()
+    assert CALLS["fp8 TN"] == 8
+
+
+@pytest.mark.parametrize("how", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}], ids=str)
+def test_the_output_layer_is_not_in_fp8_whatever_peft_wraps_it_in(package, how):
+    package.setattr(te_fp8, "WORTH", 0)
+    model = build_tiny("qwen3_moe", BF16)
+    how = {"target_modules": ["q_proj"]} | how
+    model = peft.get_peft_model(model, peft.LoraConfig(r=16, **how), autocast_adapter_dtype=False)
+    engine.compute_in_fp8(model)
+    assert in_fp8(model)
+    assert not any("lm_head" in name for name in in_fp8(model))
+
+
+def test_nothing_holds_the_inputs_after_backward(package):
+    x, weight = torch.randn(16, 32, dtype=BF16), torch.randn(48, 32, dtype=BF16, requires_grad=True)
+    y = te_fp8.linear(x, weight, None)
+    node = y.grad_fn.next_functions[0][0]
+    y.sum().backward(retain_graph=True)
+    first = weight.grad.clone()
+    assert all(each is None for each in node.x8s[0].values.values())
+    y.sum().backward()
+    assert torch.equal(weight.grad, 2 * first)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_a_trial_that_gives_nan_anywhere_is_refused(wrong):
+    right = [torch.ones(3) for _ in range(3)]
+    found = [torch.full((3,), torch.nan) if at == wrong else each for at, each in enumerate(right)]
+    assert te.off("general_gemm", lambda: right, right) is None
+    assert te.off("general_gemm", lambda: found, right).endswith(" is off by nan%")
+
+
 # ---- asking for them
+
+
+MODELS = {"bf16": BF16, "fp32": torch.float32}
+FP32 = "nothing by TransformerEngine, which computes 16-bit floats: the model is in fp32"
+COMPILED = "norms, fp8 not by TransformerEngine: torch.compile is to compile the model"
+NORMS = "norms as fused: autocast leaves their weights in fp32"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computed", "taken", "said"),
+    [
+        ("bf16", engine.Computed(), ["norms", "fp8"], []),
+        ("fp32", engine.Computed(), [], [FP32]),
+        ("fp32", engine.Computed("bf16"), ["fp8"], [NORMS]),
+        ("fp32", engine.Computed("bf16", by_fsdp2=True), ["norms", "fp8"], []),
+        ("bf16", engine.Computed("bf16"), ["norms", "fp8"], []),
+        ("bf16", engine.Computed(compiled=True), [], [COMPILED]),
+    ],
+)
+def test_what_a_model_cannot_have_is_not_claimed(dtype, computed, taken, said):
+    model = build_tiny("qwen3_moe", MODELS[dtype])
+    assert engine.choose(model, ["norms", "fp8"], computed) == (taken, said)
+    with_experts = [] if said == [FP32] else ["experts", *taken]
+    assert engine.choose(model, ["experts", "norms", "fp8"], computed) == (with_experts, said)
+
+
+@pytest.mark.parametrize("dtype", MODELS)
+def test_prepared_a_model_has_what_was_asked_for(package, dtype):
+    package.setattr(te_parts, "check", lambda device, names: None)
+    package.setattr(te_fp8, "WORTH", 0)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, parallelism_config=MoEConfig(kernels="te", te_parts=list(TE_PARTS)))
+    model = build_tiny("qwen3_moe", MODELS[dtype])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    index = torch.arange(32).view(2, 16)
+    model(input_ids=index, labels=index).loss.backward()
+    optimizer.step()
+    (report,) = plugin.reports(accelerator)
+    if dtype == "fp32":
+        assert report.notes == (FP32,)
+        assert not CALLS
+    else:
+        attends = "2 layers attend by TransformerEngine, where they attend causally without dropout"
+        assert report.notes == (attends, "8 of 8 linear layers in FP8: those of 0 weights and more")
+        assert set(CALLS) >= {"TN", "NN", "NT", "bshd", "fp8 TN", "fp8 NN", "fp8 NT"}
 
 
 def test_the_parts_are_those_of_the_config():
@@ -292,6 +423,7 @@ def test_the_parts_are_those_of_the_config():
                 "te_parts has 9, which must be one of {parts}",
             ],
         ),
+        ({"kernels": "te", "te_parts": ["fp8", "fp8"]}, ["te_parts=['fp8', 'fp8'] names one twice"]),
         ({"te_parts": ["fp8"]}, ["te_parts=['fp8'] needs kernels: te, not 'auto'"]),
     ],
 )
@@ -339,8 +471,6 @@ def test_fp8_needs_a_gpu_that_has_it(package):
     ],
 )
 def test_a_version_without_a_function_is_named(package, name, module, function):
-    import sys
-
     package.delattr(sys.modules[module], function)
     assert te_parts.problem(GPU, name) == f"transformer_engine 2.20.2 has no {function}"
     package.setattr(doctor, "_device", lambda: GPU)
