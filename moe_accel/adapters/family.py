@@ -38,23 +38,28 @@ class Model:
         model_type: from config.json; None: unknown.
         source: where it stands.
         hidden: `hidden_size`; None: unknown.
+        types: every model_type in config.json: the model's, and that of the text model in it.
     """
 
     model_type: str | None
     source: str
     hidden: int | None = None
+    types: tuple[str, ...] = ()
 
 
 def find_model(config: AdapterConfig, base: Path | None = None, model_type: str | None = None) -> Model:
     """The base model of an adapter, from the first place that names it.
 
     Raises:
-        CheckpointError: `base` has no config.json, or it is damaged.
+        CheckpointError: `base` has no config.json, it is damaged, or says another type than `model_type`.
     """
     if base is not None:
         found = _read_base(base)
         if found is None:
             raise CheckpointError(f"{base} has no config.json", "give the directory of the base model")
+        if model_type and found.model_type and model_type not in found.types:
+            said = f"--model-type {model_type} contradicts {found.source}, which says {found.model_type}"
+            raise CheckpointError(said, "leave out --model-type, or give the directory of another base model")
         return Model(model_type or found.model_type, found.source, found.hidden)
     if model_type:
         return Model(model_type, "--model-type")
@@ -95,8 +100,8 @@ def model_of(config: Mapping[str, Any], source: str) -> Model:
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else {}
     hidden = text.get("hidden_size") or config.get("hidden_size")
-    model_type = config.get("model_type") or text.get("model_type")
-    return Model(model_type if isinstance(model_type, str) else None, source, hidden if type(hidden) is int else None)
+    types = tuple(each for part in (config, text) if isinstance(each := part.get("model_type"), str) and each)
+    return Model(types[0] if types else None, source, hidden if type(hidden) is int else None, types)
 
 
 @dataclass(frozen=True)

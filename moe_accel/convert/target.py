@@ -155,9 +155,10 @@ class Target:
             what = "has files that this conversion did not write" if resumed else "is not empty"
             if not resumed and any(name == MANIFEST or name.startswith(MANIFEST + TEMPORARY) for name in foreign):
                 what = "holds another conversion, from other files or with other options"
+            done = "replace the checkpoint in it" if any(map(_is_checkpoint_part, foreign)) else "write beside that"
             raise CheckpointError(
                 f"{self.folder} {what}: {', '.join(foreign[:4])}{' ...' if len(foreign) > 4 else ''}",
-                "take an empty directory, or --overwrite to replace the checkpoint in it",
+                f"take an empty directory, or --overwrite to {done}",
             )
         removed = [name for name in foreign if _is_checkpoint_part(name)]
         kept = [name for name in present if name in ours and TEMPORARY not in name]

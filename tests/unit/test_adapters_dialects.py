@@ -302,6 +302,21 @@ def test_the_model_is_asked_for_where_the_file_does_not_name_it(dialect, tmp_pat
         assert_same_deltas(file_deltas(tmp_path / out), expected_deltas(roles, 2))
 
 
+def test_a_model_type_that_contradicts_the_base_is_refused(tmp_path):
+    roles = shared_a()
+    write(tmp_path / "in", two_pairs(roles), **PEFT_CONFIG, auto_mapping=None, base_model_name_or_path="nobody/knows")
+    base = tmp_path / "base"
+    base.mkdir()
+    whole = {"model_type": "qwen3_vl_moe", "text_config": {"model_type": "qwen3_moe", "hidden_size": 32}}
+    (base / "config.json").write_text(json.dumps(whole))
+    said = rf"^--model-type mixtral contradicts {base}/config\.json, which says qwen3_vl_moe"
+    with pytest.raises(CheckpointError, match=said):
+        convert_adapter(tmp_path / "in", tmp_path / "out", Request("per-expert", base=base, model_type="mixtral"))
+    assert not (tmp_path / "out").exists()
+    convert_adapter(tmp_path / "in", tmp_path / "out", Request("per-expert", base=base, model_type="qwen3_moe"))
+    assert_same_deltas(file_deltas(tmp_path / "out"), expected_deltas(roles, 2))
+
+
 def test_a_base_in_the_cache_is_found(tmp_path, monkeypatch):
     snapshot = tmp_path / "hub" / "models--nobody--knows" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)

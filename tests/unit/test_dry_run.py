@@ -153,7 +153,8 @@ def test_the_command_line_says_so(source, adapter, tmp_path, monkeypatch, capsys
         assert stopped.value.code == 2
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert printed.err.startswith(f"error: {tmp_path / 'out'} is not empty: notes.txt\n")
+        hint = "hint: take an empty directory, or --overwrite to write beside that"
+        assert printed.err == f"error: {tmp_path / 'out'} is not empty: notes.txt\n{hint}\n"
 
 
 def test_space_for_dequantized_weights_is_looked_at_too(tmp_path, monkeypatch):

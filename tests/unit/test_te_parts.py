@@ -7,7 +7,6 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -383,11 +382,9 @@ def test_what_a_model_cannot_have_is_not_claimed(dtype, computed, taken, said):
 
 
 @pytest.mark.parametrize("dtype", MODELS)
-def test_prepared_a_model_has_what_was_asked_for(package, dtype):
+def test_prepared_a_model_has_what_was_asked_for(package, new_accelerate_state, dtype):
     package.setattr(te_parts, "check", lambda device, names: None)
     package.setattr(te_fp8, "WORTH", 0)
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
     accelerator = Accelerator(cpu=True, parallelism_config=MoEConfig(kernels="te", te_parts=list(TE_PARTS)))
     model = build_tiny("qwen3_moe", MODELS[dtype])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
