@@ -44,7 +44,8 @@ def choose(model: Any, parts: Sequence[str], computed: Computed) -> tuple[list[s
     if computed.compiled and (left := [each for each in taken if each != "experts"]):
         taken = [each for each in taken if each == "experts"]
         said.append(f"{', '.join(left)} not by TransformerEngine: torch.compile is to compile the model")
-    norms = {each.weight.dtype for each in model.modules() if type(each).__name__.endswith("RMSNorm")}
+    of_norms = [getattr(each, "weight", None) for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
+    norms = {each.dtype for each in of_norms if each is not None}
     by_autocast = computed.precision in ("bf16", "fp16") and not computed.by_fsdp2
     if "norms" in taken and by_autocast and torch.float32 in norms:
         taken.remove("norms")
@@ -61,7 +62,9 @@ def install(model: nn.Module, parts: Sequence[str]) -> list[str]:
             said.append(f"no attention by TransformerEngine: attn_implementation is {asked}, not sdpa")
         else:
             num_layers = let_te_attend(model)
-            how = f"{num_layers} layers attend by TransformerEngine, where they attend causally without dropout"
+            how = (
+                f"attention by TransformerEngine in {num_layers} of the layers, where it is causal and without dropout"
+            )
             said.append(how if num_layers else "no attention by TransformerEngine: no layer is causal")
     return said + ([compute_in_fp8(model)] if "fp8" in parts else [])
 

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
+from moe_accel import MoEConfig
 from moe_accel.experts import gated, gathered
 from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gated import gated_experts
@@ -11,6 +14,7 @@ from moe_accel.experts.routing import sort_by_expert
 from moe_accel.kernels import gathering
 from moe_accel.kernels.glu import GELU_TANH
 from moe_accel.kernels.grouped import GroupedGemm, grouped_mm, grouped_outer
+from tests.families import build_tiny
 
 NUM_ROWS, HIDDEN, INNER, NUM_EXPERTS = 40, 16, 24, 6
 CHOICES = {
@@ -160,3 +164,31 @@ def test_tiles_are_whole():
     assert gathering.fits(2048, 768)
     assert not gathering.fits(2880, 2880)
     assert not gathering.fits(2048, 384 + 128 + 8)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("kept_layers", [0, 1])
+def test_a_model_trains_as_without(checkpointing, kept_layers, monkeypatch, new_accelerate_state):
+    losses, gradients, used = {}, {}, []
+    for way in ("apart", "gathered"):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        monkeypatch.setattr(gated, "gathers", lambda *_, way=way: way == "gathered" and not used.append(way))
+        accelerator = Accelerator(cpu=True, parallelism_config=MoEConfig(kept_layers=kept_layers))
+        model = build_tiny("qwen3_moe")
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        index = torch.arange(64).view(2, 32) * 7 % 64
+        losses[way] = []
+        for _ in range(3):
+            loss = model(input_ids=index, labels=index).loss
+            accelerator.backward(loss)
+            gradients[way] = {name: each.grad.clone() for name, each in model.named_parameters()}
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[way].append(loss.item())
+    assert len(used) >= 6
+    assert losses["gathered"] == pytest.approx(losses["apart"], rel=1e-5)
+    for name, expected in gradients["apart"].items():
+        torch.testing.assert_close(gradients["gathered"][name], expected, rtol=1e-3, atol=1e-6)

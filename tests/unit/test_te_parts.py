@@ -159,7 +159,7 @@ def test_with_sinks_packed_sequences_stay_ours(package):
 def test_only_under_sdpa_attention_is_theirs_and_the_report_says_so(package):
     model = build_tiny("qwen3_moe", BF16)
     assert engine.install(model, ["attention"]) == [
-        "2 layers attend by TransformerEngine, where they attend causally without dropout"
+        "attention by TransformerEngine in 2 of the layers, where it is causal and without dropout"
     ]
     model(torch.arange(8)[None])
     assert CALLS["bshd"] == 3  # one of them asks whether there is a kernel for such heads
@@ -381,6 +381,15 @@ def test_what_a_model_cannot_have_is_not_claimed(dtype, computed, taken, said):
     assert engine.choose(model, ["experts", "norms", "fp8"], computed) == (with_experts, said)
 
 
+def test_norms_without_weights_and_models_of_norms_alone_are_nothing_special():
+    class RMSNorm(nn.Module):
+        pass
+
+    bare = nn.Sequential(RMSNorm(), nn.Linear(2, 2, dtype=BF16))
+    assert engine.choose(bare, ["norms"], engine.Computed("bf16")) == (["norms"], [])
+    assert engine.choose(build_tiny("gemma4", BF16), ["norms"], engine.Computed("bf16")) == (["norms"], [])
+
+
 @pytest.mark.parametrize("dtype", MODELS)
 def test_prepared_a_model_has_what_was_asked_for(package, new_accelerate_state, dtype):
     package.setattr(te_parts, "check", lambda device, names: None)
@@ -397,7 +406,7 @@ def test_prepared_a_model_has_what_was_asked_for(package, new_accelerate_state, 
         assert report.notes == (FP32,)
         assert not CALLS
     else:
-        attends = "2 layers attend by TransformerEngine, where they attend causally without dropout"
+        attends = "attention by TransformerEngine in 2 of the layers, where it is causal and without dropout"
         assert report.notes == (attends, "8 of 8 linear layers in FP8: those of 0 weights and more")
         assert set(CALLS) >= {"TN", "NN", "NT", "bshd", "fp8 TN", "fp8 NN", "fp8 NT"}
 
