@@ -17,6 +17,7 @@ from moe_accel.kernels.device import as_autocast
 from moe_accel.padding.attention import let_te_attend
 from moe_accel.swap import become, is_bare
 
+NARROW = {torch.bfloat16, torch.float16}
 ADAPTER = "lora_"
 """How PEFT's names of an adapter's own layers begin."""
 
@@ -36,20 +37,24 @@ class Computed(NamedTuple):
 
 
 def choose(model: Any, parts: Sequence[str], computed: Computed) -> tuple[list[str], list[str]]:
-    """Those of `te_parts` that TransformerEngine can compute of a model, and why not the others, as lines."""
-    weights = {each.dtype for each in model.parameters() if each.is_floating_point() and each.ndim > 1}
-    if computed.precision not in ("bf16", "fp16") and not weights & {torch.bfloat16, torch.float16}:
-        return [], ["nothing by TransformerEngine, which computes 16-bit floats: the model is in fp32"]
+    """Those of `te_parts` that TransformerEngine can compute of a model, and lines about the others.
+
+    All of them look at dtypes as they come, too: what is said of fp32 here is for the reader.
+    """
     taken, said = list(parts), []
+    casts = computed.precision in ("bf16", "fp16")
+    weights = {each.dtype for each in model.parameters() if each.is_floating_point()}
+    if not casts and not weights & NARROW:
+        said.append("the model is in fp32, of which TransformerEngine computes nothing outside of autocast")
     if computed.compiled and (left := [each for each in taken if each != "experts"]):
         taken = [each for each in taken if each == "experts"]
         said.append(f"{', '.join(left)} not by TransformerEngine: torch.compile is to compile the model")
     of_norms = [getattr(each, "weight", None) for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
-    norms = {each.dtype for each in of_norms if each is not None}
-    by_autocast = computed.precision in ("bf16", "fp16") and not computed.by_fsdp2
-    if "norms" in taken and by_autocast and torch.float32 in norms:
-        taken.remove("norms")
-        said.append("norms as fused: autocast leaves their weights in fp32")
+    wide = [each for each in of_norms if each is not None and each.dtype not in NARROW]
+    if "norms" in taken and wide and not (casts and computed.by_fsdp2):
+        said.append(f"{len(wide)} of {len(of_norms)} norms not by TransformerEngine: their weights are in fp32")
+        if len(wide) == len(of_norms):
+            taken.remove("norms")
     return taken, said
 
 

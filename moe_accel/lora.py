@@ -59,7 +59,7 @@ def _why_with_peft(layer: Any, autocasts: bool) -> str | None:
     """What a user has chosen that `lora_linears` does not compute in training; None: it computes the layer."""
     active = _active(layer)
     if type(layer.base_layer) is not nn.Linear:
-        return "a base layer in FP8"
+        return "a base layer with a way of its own, as in FP8"
     if len(active) != 1:
         return f"{len(active)} active adapters"
     name = active[0]

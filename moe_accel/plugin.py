@@ -166,9 +166,10 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     absent = forget_absent_layers(_unwrapped(model))
     kept_said = kept.keep(_unwrapped(model), config.kept_layers, accelerator)
 
-    kernels = choose_kernels(config.kernels, accelerator.device, config.te_parts)
-    parts, te_said = engine.choose(_unwrapped(model), config.te_parts, how_computed(accelerator))
-    parts = parts if kernels.value == "te" else []
+    parts, te_said = [], []
+    if config.kernels == "te":
+        parts, te_said = engine.choose(_unwrapped(model), config.te_parts, how_computed(accelerator, model))
+    kernels = choose_kernels(config.kernels, accelerator.device, parts)
     of_experts = "fused" if kernels.value == "te" and "experts" not in parts else kernels.value
     group = config.sparse_mesh.get_group("ep") if config.ep_size > 1 else None
     dispatcher = choose.choose(config.dispatcher, group, traffic(found), accelerator.device)
@@ -198,7 +199,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
             *experts.told_of_adapters(model, used, adapted),
             *told_of_general_path(kernels, used),
             *beside_said,
-            *(te_said if kernels.value == "te" else ()),
+            *te_said,
             *engine.install(_unwrapped(model), parts),
             *told_of_lora(kernels, model, accelerator.mixed_precision),
             *padding.told_of_attention(model),
@@ -244,6 +245,8 @@ def choose_kernels(asked: str, device: torch.device, parts: Sequence[str] = ("ex
         ConfigError: `te` on a device that TransformerEngine does not compute on.
         DependencyError: `te` without the package, or with one that cannot be used.
     """
+    if asked == "te" and not parts:
+        return Choice("fused", "asked for te, of which nothing is left")
     if asked == "te":
         te_parts.check(device, parts)
         whose = f"{te_parts.told(parts)} by TransformerEngine {te.version()}".rstrip()
@@ -255,11 +258,20 @@ def choose_kernels(asked: str, device: torch.device, parts: Sequence[str] = ("ex
     return Choice("fused", f"{'asked for' if asked == 'fused' else asked}: {how}")
 
 
-def how_computed(accelerator: Accelerator) -> engine.Computed:
-    """How models of this Accelerator are to be trained."""
+def _is_compiled_by(accelerator: Accelerator) -> bool:
     dynamo: Any = getattr(accelerator.state, "dynamo_plugin", None)
-    compiled = dynamo is not None and dynamo.backend != DynamoBackend.NO
-    return engine.Computed(accelerator.mixed_precision, accelerator.is_fsdp2, compiled)
+    return dynamo is not None and dynamo.backend != DynamoBackend.NO
+
+
+def how_computed(accelerator: Accelerator, model: nn.Module) -> engine.Computed:
+    """How this Accelerator is to train a model."""
+    compiled = hasattr(model, "_orig_mod") or _is_compiled_by(accelerator)
+    precision = accelerator.mixed_precision
+    if accelerator.is_fsdp2:
+        plugin: Any = accelerator.state.fsdp_plugin
+        cast = getattr(plugin.mixed_precision_policy, "param_dtype", None)
+        precision = "bf16" if cast == torch.bfloat16 else "fp16" if cast == torch.float16 else precision
+    return engine.Computed(precision, accelerator.is_fsdp2, compiled)
 
 
 def choose_rest(
@@ -273,7 +285,7 @@ def choose_rest(
     return {
         "block": block.install(model, accelerator.device, accelerator.mixed_precision, te_norms),
         "loss": loss.install(model, accelerator.mixed_precision),
-        "padding": padding.install(model, config.padding_free, how_computed(accelerator).compiled),
+        "padding": padding.install(model, config.padding_free, _is_compiled_by(accelerator)),
     }
 
 

@@ -8,6 +8,7 @@ Sizes: N tokens, B rows, T tokens of a row, Q query heads, K key/value heads, D 
 
 import functools
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -50,17 +51,29 @@ def _suits(
     shapes = (num_heads, width), (num_key_heads, width), (num_key_heads, value_width)
     query, key, value = (torch.zeros(1, heads, 64, each, dtype=dtype, device=device) for heads, each in shapes)
     bounds = torch.tensor([0, 24, 64], dtype=torch.int32, device=device)
-    with torch.no_grad():  # nothing is saved: whoever counts what a forward saves must not count this
+    on_gpu = [device] if device.type == "cuda" else []
+    # nothing is saved and no random number used up: a recompute does not ask again, and must see the same
+    with torch.no_grad(), torch.random.fork_rng(devices=on_gpu):
         try:
             if form == "bshd":
                 attend_rows(query, key, value, scale)
             else:
                 q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
                 attend_packed(q, k, v, bounds, 40, 8 if is_windowed else None, scale)
-        except (RuntimeError, ValueError, AssertionError):
-            return False
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
+            return _refused(num_heads, width, f"{type(error).__name__}: {str(error).splitlines()[0]}")
     chosen = getattr(te.load("transformer_engine.pytorch.attention.dot_product_attention"), "_attention_backends", {})
-    return not chosen.get("use_unfused_attention", False)
+    if chosen.get("use_unfused_attention", False):
+        return _refused(num_heads, width, "it would make all scores [T,T]")
+    return True
+
+
+def _refused(num_heads: int, width: int, why: str) -> bool:
+    heads = f"{num_heads} heads of {width}"
+    print(f"moe-accel: TransformerEngine has no fused attention for {heads}: {why}", file=sys.stderr, flush=True)
+    return False
 
 
 def attend_rows(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -29,7 +29,8 @@ CAPABILITY = (8, 9)
 """The first with FP8."""
 WORTH = 2**23
 """Weights of a layer from which on FP8 is faster than bf16: 1.2 to 1.8 times with 16,384 rows from 2048 x 4096 on,
-where 4096 x 1024 is 0.99 and 1.08, and 2880 x 512 is 0.72 and 0.80 (H100, H200; tests/gpu/results/te_parts_*.json)."""
+where 4096 x 1024 is 0.99 and 1.08, and 2880 x 512 is 0.72 and 0.80 (H100 by TransformerEngine's module, H200:
+tests/gpu/results/te_parts_*.json)."""
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

@@ -42,3 +42,16 @@ def reference(source, tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("reference") / "out"
     execute(job_of(source, folder))
     return contents(folder)
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """The fake of TransformerEngine, on a Hopper as far as anybody asks."""
+    from moe_accel.kernels import te  # not for the tests that need no torch
+    from tests import fake_transformer_engine
+
+    fake_transformer_engine.install(monkeypatch)
+    monkeypatch.setattr(te, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(te, "on_gpu", lambda values: True)
+    monkeypatch.setattr(te, "version", lambda: "2.20.2")
+    return monkeypatch

@@ -132,6 +132,11 @@ def test_it_is_chosen_where_it_was_measured_to_pay(hopper):
         {"turned": False},
     ):
         assert not chosen(**QWEN3 | other), other
+    hopper.setattr(OnGpu, "data_ptr", lambda self: 8)
+    assert not chosen(**QWEN3)
+    hopper.undo()
+    hopper.setattr(gathered, "IS_ON", True)
+    hopper.setattr(gathered, "IS_TRITON_36", True)
     hopper.setattr(gathered, "capability", lambda device: (10, 0))
     assert not chosen(**QWEN3)
 

@@ -26,15 +26,6 @@ HOPPER = (9, 0)
 NUM_TOKENS, TOP_K = 24, 2
 
 
-@pytest.fixture
-def package(monkeypatch):
-    """The fake, on a GPU of this capability as far as anybody asks."""
-    fake_transformer_engine.install(monkeypatch)
-    monkeypatch.setattr(te, "capability", lambda device: HOPPER)
-    yield monkeypatch
-    te._gemm.cache_clear()
-
-
 # ---- numbers
 
 

@@ -1,40 +1,26 @@
 """`te_parts`: norms, attention and FP8 layers by TransformerEngine's calling contract, or the exact reason why not."""
 
 import copy
-import sys
 
 import peft
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import AttentionInterface
 
-from moe_accel import MoEConfig, block, doctor, engine, lora, plugin
-from moe_accel.config import TE_PARTS, MoEOptions
-from moe_accel.errors import ConfigError, DependencyError
-from moe_accel.kernels import te, te_attention, te_fp8, te_norm, te_parts
+from moe_accel import block, engine, lora
+from moe_accel.kernels import te, te_attention, te_fp8, te_norm
 from moe_accel.kernels.rms_norm import rms_norm
 from moe_accel.padding import attention
 from moe_accel.padding.rows import Rows
-from tests import fake_te_parts, fake_transformer_engine
+from tests import fake_te_parts
 from tests.fake_transformer_engine import CALLS
 from tests.families import build_tiny
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
-
-
-@pytest.fixture
-def package(monkeypatch):
-    """The fake, on a Hopper as far as anybody asks."""
-    fake_transformer_engine.install(monkeypatch)
-    monkeypatch.setattr(te, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(te, "on_gpu", lambda values: True)
-    monkeypatch.setattr(te, "version", lambda: "2.20.2")
-    return monkeypatch
 
 
 def both_ways(function, leaves, gradient):
@@ -186,22 +172,43 @@ def test_heads_that_it_has_no_fused_kernel_for_stay_transformers(package, how):
     for mask in (None, packed):
         found, expected = (attended(Attention(by_te=by_te), mask) for by_te in (True, False))
         assert torch.equal(found, expected)
-    assert sum(CALLS.values()) == (2 if how == "all scores" else 0)  # the questions
+    assert CALLS["bshd"] + CALLS["thd"] == (2 if how == "all scores" else 0)  # the questions
     attended(Attention(), packed)
-    assert sum(CALLS.values()) == (2 if how == "all scores" else 0)
+    assert CALLS["bshd"] + CALLS["thd"] == (2 if how == "all scores" else 0)
 
 
 def raising(*_):
     raise ValueError("No dot product attention backend is available for the provided inputs.")
 
 
-def test_the_question_is_not_saved_for_backward(package):
+def test_the_question_is_not_saved_for_backward_and_takes_no_random_numbers(package, capsys):
     kept = []
+    q = torch.randn(1, 2, 6, 8, dtype=BF16, requires_grad=True)
+    before = torch.random.get_rng_state()
     with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
-        q = torch.randn(1, 2, 6, 8, dtype=BF16, requires_grad=True)
         assert te_attention.suits(q, q, q, 0.3, "bshd")
         assert te_attention.suits(q, q, q, 0.3, "thd", is_windowed=True)
     assert not kept
+    assert torch.equal(torch.random.get_rng_state(), before)
+    te_attention.attend_rows(q, q, q, 0.3)
+    assert not torch.equal(torch.random.get_rng_state(), before)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_refusal_is_said_once_and_no_memory_is_none(package, capsys):
+    q = torch.randn(1, 2, 6, 8, dtype=BF16)
+    package.setattr(te_attention, "attend_rows", raising)
+    assert not te_attention.suits(q, q, q, 0.3, "bshd")
+    assert not te_attention.suits(q, q, q, 0.3, "bshd")
+    why = "ValueError: No dot product attention backend is available for the provided inputs."
+    assert capsys.readouterr().err == f"moe-accel: TransformerEngine has no fused attention for 2 heads of 8: {why}\n"
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    package.setattr(te_attention, "attend_packed", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        te_attention.suits(q, q, q, 0.3, "thd")
 
 
 # ---- FP8
@@ -318,7 +325,7 @@ def test_with_lora_base_layers_are_in_fp8_adapters_are_not_and_the_report_says_w
     engine.compute_in_fp8(model)
     names = {name.rsplit(".", 1)[-1] for name in in_fp8(model)}
     assert names == {"base_layer", "k_proj", "o_proj"}
-    assert lora.install(model) == (0, {"a base layer in FP8": 4})
+    assert lora.install(model) == (0, {"a base layer with a way of its own, as in FP8": 4})
     index = torch.arange(16)[None]
     model(input_ids=index, labels=index).loss.backward()
     assert CALLS["fp8 TN"] == 8
@@ -352,135 +359,3 @@ def test_a_trial_that_gives_nan_anywhere_is_refused(wrong):
     found = [torch.full((3,), torch.nan) if at == wrong else each for at, each in enumerate(right)]
     assert te.off("general_gemm", lambda: right, right) is None
     assert te.off("general_gemm", lambda: found, right).endswith(" is off by nan%")
-
-
-# ---- asking for them
-
-
-MODELS = {"bf16": BF16, "fp32": torch.float32}
-FP32 = "nothing by TransformerEngine, which computes 16-bit floats: the model is in fp32"
-COMPILED = "norms, fp8 not by TransformerEngine: torch.compile is to compile the model"
-NORMS = "norms as fused: autocast leaves their weights in fp32"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "computed", "taken", "said"),
-    [
-        ("bf16", engine.Computed(), ["norms", "fp8"], []),
-        ("fp32", engine.Computed(), [], [FP32]),
-        ("fp32", engine.Computed("bf16"), ["fp8"], [NORMS]),
-        ("fp32", engine.Computed("bf16", by_fsdp2=True), ["norms", "fp8"], []),
-        ("bf16", engine.Computed("bf16"), ["norms", "fp8"], []),
-        ("bf16", engine.Computed(compiled=True), [], [COMPILED]),
-    ],
-)
-def test_what_a_model_cannot_have_is_not_claimed(dtype, computed, taken, said):
-    model = build_tiny("qwen3_moe", MODELS[dtype])
-    assert engine.choose(model, ["norms", "fp8"], computed) == (taken, said)
-    with_experts = [] if said == [FP32] else ["experts", *taken]
-    assert engine.choose(model, ["experts", "norms", "fp8"], computed) == (with_experts, said)
-
-
-def test_norms_without_weights_and_models_of_norms_alone_are_nothing_special():
-    class RMSNorm(nn.Module):
-        pass
-
-    bare = nn.Sequential(RMSNorm(), nn.Linear(2, 2, dtype=BF16))
-    assert engine.choose(bare, ["norms"], engine.Computed("bf16")) == (["norms"], [])
-    assert engine.choose(build_tiny("gemma4", BF16), ["norms"], engine.Computed("bf16")) == (["norms"], [])
-
-
-@pytest.mark.parametrize("dtype", MODELS)
-def test_prepared_a_model_has_what_was_asked_for(package, new_accelerate_state, dtype):
-    package.setattr(te_parts, "check", lambda device, names: None)
-    package.setattr(te_fp8, "WORTH", 0)
-    accelerator = Accelerator(cpu=True, parallelism_config=MoEConfig(kernels="te", te_parts=list(TE_PARTS)))
-    model = build_tiny("qwen3_moe", MODELS[dtype])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    index = torch.arange(32).view(2, 16)
-    model(input_ids=index, labels=index).loss.backward()
-    optimizer.step()
-    (report,) = plugin.reports(accelerator)
-    if dtype == "fp32":
-        assert report.notes == (FP32,)
-        assert not CALLS
-    else:
-        attends = "attention by TransformerEngine in 2 of the layers, where it is causal and without dropout"
-        assert report.notes == (attends, "8 of 8 linear layers in FP8: those of 0 weights and more")
-        assert set(CALLS) >= {"TN", "NN", "NT", "bshd", "fp8 TN", "fp8 NN", "fp8 NT"}
-
-
-def test_the_parts_are_those_of_the_config():
-    assert tuple(te_parts.PARTS) == TE_PARTS
-
-
-@pytest.mark.parametrize(
-    ("options", "problems"),
-    [
-        ({"kernels": "te", "te_parts": list(TE_PARTS)}, []),
-        ({"kernels": "te", "te_parts": "norms"}, ["te_parts='norms' must be a list of some of {parts}"]),
-        ({"kernels": "te", "te_parts": []}, ["te_parts=[] must be a list of some of {parts}"]),
-        ({"kernels": "te", "te_parts": None}, ["te_parts=None must be a list of some of {parts}"]),
-        (
-            {"kernels": "te", "te_parts": ["norm", 9]},
-            [
-                "te_parts has 'norm', which must be one of {parts} (did you mean 'norms'?)",
-                "te_parts has 9, which must be one of {parts}",
-            ],
-        ),
-        ({"kernels": "te", "te_parts": ["fp8", "fp8"]}, ["te_parts=['fp8', 'fp8'] names one twice"]),
-        ({"te_parts": ["fp8"]}, ["te_parts=['fp8'] needs kernels: te, not 'auto'"]),
-    ],
-)
-def test_parts_are_a_list_of_known_words_under_kernels_te(options, problems):
-    found = MoEOptions(**options).problems()
-    assert found == [each.format(parts=", ".join(TE_PARTS)) for each in problems]
-
-
-def test_what_is_chosen_is_told(package):
-    for name in TE_PARTS:
-        package.setitem(te_parts.PARTS, name, te_parts.PARTS[name]._replace(tried=lambda device: None))
-    chosen = plugin.choose_kernels("te", GPU, ["fp8", "norms"])
-    by = "by TransformerEngine 2.20.2, all else as fused"
-    assert str(chosen) == f"te (asked for: RMSNorm and large linear layers in FP8 {by})"
-    all_of_them = "grouped GEMMs of the experts, RMSNorm, attention and large linear layers in FP8"
-    waits = "; waits once a layer for the experts' row counts"
-    assert str(plugin.choose_kernels("te", GPU, TE_PARTS)) == f"te (asked for: {all_of_them} {by}{waits})"
-
-
-@pytest.mark.parametrize("name", [name for name in TE_PARTS if name != "experts"])
-def test_each_part_is_tried_and_a_wrong_one_refused(package, name):
-    assert te_parts.PARTS[name].tried(CPU) is None
-    package.setitem(te_parts.PARTS, name, te_parts.PARTS[name]._replace(tried=lambda device: "it is off by 99%"))
-    with pytest.raises(DependencyError) as refused:
-        te_parts.check(GPU, [name])
-    assert refused.value.message == f"kernels=te with {name} in te_parts cannot be used: it is off by 99%"
-    assert refused.value.hint == "kernels: auto; moe-accel doctor says more"
-
-
-def test_fp8_needs_a_gpu_that_has_it(package):
-    package.setattr(te, "capability", lambda device: (8, 0))
-    with pytest.raises(ConfigError) as refused:
-        te_parts.check(GPU, ["fp8", "norms"])
-    why = "it needs a GPU with FP8 (compute capability 8.9 or more), and this one has 8.0"
-    assert refused.value.message == f"kernels=te with fp8 in te_parts cannot be used: {why}"
-    assert refused.value.hint == "te_parts: [norms]"
-
-
-@pytest.mark.parametrize(
-    ("name", "module", "function"),
-    [
-        ("norms", "transformer_engine_torch", "rmsnorm_bwd"),
-        ("attention", "transformer_engine.pytorch", "DotProductAttention"),
-        ("fp8", "transformer_engine.pytorch.quantized_tensor", "prepare_for_saving"),
-    ],
-)
-def test_a_version_without_a_function_is_named(package, name, module, function):
-    package.delattr(sys.modules[module], function)
-    assert te_parts.problem(GPU, name) == f"transformer_engine 2.20.2 has no {function}"
-    package.setattr(doctor, "_device", lambda: GPU)
-    (part,) = doctor._transformer_engine()
-    others = ", ".join(each for each in TE_PARTS if each != name)
-    whole = f"kernels: te, te_parts: [{others}]; and its FusedAdam with any Trainer or loop"
-    assert part.what == f"{whole}; not {name}: transformer_engine 2.20.2 has no {function}"
