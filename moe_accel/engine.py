@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_accel.kernels import te_fp8
+from moe_accel.kernels import te, te_fp8
 from moe_accel.kernels.device import as_autocast
 from moe_accel.padding.attention import let_te_attend
 from moe_accel.swap import become, is_bare
 
-NARROW = {torch.bfloat16, torch.float16}
 ADAPTER = "lora_"
 """How PEFT's names of an adapter's own layers begin."""
 
@@ -44,13 +43,13 @@ def choose(model: Any, parts: Sequence[str], computed: Computed) -> tuple[list[s
     taken, said = list(parts), []
     casts = computed.precision in ("bf16", "fp16")
     weights = {each.dtype for each in model.parameters() if each.is_floating_point()}
-    if not casts and not weights & NARROW:
+    if not casts and not weights.intersection(te.DTYPES):
         said.append("the model is in fp32, of which TransformerEngine computes nothing outside of autocast")
     if computed.compiled and (left := [each for each in taken if each != "experts"]):
         taken = [each for each in taken if each == "experts"]
         said.append(f"{', '.join(left)} not by TransformerEngine: torch.compile is to compile the model")
     of_norms = [getattr(each, "weight", None) for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
-    wide = [each for each in of_norms if each is not None and each.dtype not in NARROW]
+    wide = [each for each in of_norms if each is not None and each.dtype not in te.DTYPES]
     if "norms" in taken and wide and not (casts and computed.by_fsdp2):
         said.append(f"{len(wide)} of {len(of_norms)} norms not by TransformerEngine: their weights are in fp32")
         if len(wide) == len(of_norms):

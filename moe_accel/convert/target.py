@@ -151,16 +151,16 @@ class Target:
         resumed = self._was_ours(present)
         ours = {name for name in present if resumed and (name in names or name.endswith(TEMPORARY + self.plan_id))}
         foreign = [name for name in present if name not in ours and name != LOCK]
+        removed = [name for name in foreign if _is_checkpoint_part(name)]
         if foreign and not overwrite:
             what = "has files that this conversion did not write" if resumed else "is not empty"
             if not resumed and any(name == MANIFEST or name.startswith(MANIFEST + TEMPORARY) for name in foreign):
                 what = "holds another conversion, from other files or with other options"
-            done = "replace the checkpoint in it" if any(map(_is_checkpoint_part, foreign)) else "write beside that"
+            done = "replace the checkpoint in it" if removed else "write beside that"
             raise CheckpointError(
                 f"{self.folder} {what}: {', '.join(foreign[:4])}{' ...' if len(foreign) > 4 else ''}",
                 f"take an empty directory, or --overwrite to {done}",
             )
-        removed = [name for name in foreign if _is_checkpoint_part(name)]
         kept = [name for name in present if name in ours and TEMPORARY not in name]
         self._check_space(sum(size for name, size in sizes.items() if name not in kept), {*present} - {*kept, LOCK})
         return resumed, removed

@@ -164,6 +164,29 @@ def _place(tile, num_m, num_n: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _tile(
+    values,
+    sources,
+    places,
+    num_m,
+    max_tiles,
+    num_n: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Of this program: n, its expert, its rows among the pairs, whether they are there, and where they are gathered."""
+    m, n = _place(tl.program_id(0), num_m, num_n, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    expert = tl.load(places + m)
+    row = tl.load(places + max_tiles + m) + tl.arange(0, BM)
+    inside = row < tl.load(places + 2 * max_tiles + m)
+    source = tl.load(sources + row, mask=inside, other=0).to(tl.int64)
+    left = values + source[:, None] * HIDDEN + tl.arange(0, BK)[None, :]
+    return n, expert, row, inside, left
+
+
+@triton.jit
 def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Left and right half: registers stay where they are, for a thread has both."""
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
@@ -192,12 +215,9 @@ def _up_kernel(
     num_m = tl.load(total)
     if tl.program_id(0) >= num_m * (INNER // BN):
         return
-    m, n = _place(tl.program_id(0), num_m, INNER // BN, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
-    expert = tl.load(places + m)
-    row = tl.load(places + max_tiles + m) + tl.arange(0, BM)
-    inside = row < tl.load(places + 2 * max_tiles + m)
-    source = tl.load(sources + row, mask=inside, other=0).to(tl.int64)
-    left = x + source[:, None] * HIDDEN + tl.arange(0, BK)[None, :]
+    n, expert, row, inside, left = _tile(  # pyright: ignore[reportGeneralTypeIssues]
+        x, sources, places, num_m, max_tiles, INNER // BN, HIDDEN, BM, BK, GROUP
+    )
     total_of_both = tl.zeros((BM, 2 * BN), tl.float32)
     for k in range(0, HIDDEN, BK):
         both = tl.reshape(matrices.load([2 * expert, n * BN, k]), (2 * BN, BK))
@@ -239,12 +259,9 @@ def _down_backward_kernel(
     num_m = tl.load(total)
     if tl.program_id(0) >= num_m * (INNER // BN):
         return
-    m, n = _place(tl.program_id(0), num_m, INNER // BN, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
-    expert = tl.load(places + m)
-    row = tl.load(places + max_tiles + m) + tl.arange(0, BM)
-    inside = row < tl.load(places + 2 * max_tiles + m)
-    source = tl.load(sources + row, mask=inside, other=0).to(tl.int64)
-    left = gradient + source[:, None] * HIDDEN + tl.arange(0, BK)[None, :]
+    n, expert, row, inside, left = _tile(  # pyright: ignore[reportGeneralTypeIssues]
+        gradient, sources, places, num_m, max_tiles, INNER // BN, HIDDEN, BM, BK, GROUP
+    )
     a_grad = tl.zeros((BM, BN), tl.float32)
     for k in range(0, HIDDEN, BK):
         a_grad = tl.dot(tl.load(left + k), matrices.load([expert * HIDDEN + k, n * BN]), a_grad)

@@ -100,6 +100,24 @@ def place(tile, num_m, num_n: gl.constexpr, GROUP: gl.constexpr):
     return first + within % size, within // size
 
 
+@gluon.jit
+def ring(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Barriers of a ring's tiles: that so many have filled one, and that it is multiplied."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=ARRIVALS)
+        mbarrier.init(empty.index(stage), count=1)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
+def release(empty, step, STAGES: gl.constexpr):
+    """The tiles of the step before this one are multiplied."""
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+
+
 @gluon.jit(do_not_specialize=["max_tiles"])
 def _multiply_kernel(
     out,
@@ -126,12 +144,7 @@ def _multiply_kernel(
     else:
         right = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BK, BN], matrices.layout)
     leaving = gl.allocate_shared_memory(gl.bfloat16, [BM, BN], out_described.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
-    fence_async_shared()
+    full, empty = ring(STAGES, 1)
     gl.warp_specialize(
         [
             (
@@ -270,11 +283,11 @@ def _products(
             else:
                 found = warpgroup_mma(left.index(stage), right.index(stage), found, is_async=True)
             found = warpgroup_mma_wait(1, deps=(found,))
-            if k > 0:  # the product before this one is done with its tiles
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            if k > 0:
+                release(empty, step, STAGES)
             step += 1
         found = warpgroup_mma_wait(0, deps=(found,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        release(empty, step, STAGES)
         tma.store_wait(0)
         _leave(out_described, out, leaving, found.to(out.dtype.element_ty), row, end, n * BN, B, BM, BN, WARPS)
     tma.store_wait(0)

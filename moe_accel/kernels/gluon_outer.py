@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_accel.kernels.device import ABSENT, IS_TRITON_36, launch_described, num_multiprocessors
 from moe_accel.kernels.gathering import Tiles
-from moe_accel.kernels.gluon import BLOCK_K, BLOCK_M, BLOCK_N, CONSTANTS, described, place, runs
+from moe_accel.kernels.gluon import BLOCK_K, BLOCK_M, BLOCK_N, CONSTANTS, described, place, release, ring, runs
 from moe_accel.kernels.grouped import grouped_outer
 
 if IS_TRITON_36:
@@ -84,12 +84,7 @@ def _outer_kernel(
     left = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BK, BM], of_left)
     right = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BK, BN], of_right)
     leaving = gl.allocate_shared_memory(gl.bfloat16, [BM, BN], out_described.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1 + 128)  # what TMA brings, and each thread's part of the gathered rows
-        mbarrier.init(empty.index(stage), count=1)
-    fence_async_shared()
+    full, empty = ring(STAGES, 1 + 128)  # what TMA brings, and each thread's part of the gathered rows
     gl.warp_specialize(
         [
             (
@@ -243,12 +238,12 @@ def _outer_products(
             fence_async_shared()  # of what cp.async wrote
             found = warpgroup_mma(left.index(stage).permute((1, 0)), right.index(stage), found, is_async=True)
             found = warpgroup_mma_wait(1, deps=(found,))
-            if k > start:  # the product before this one is done with its tiles
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            if k > start:
+                release(empty, step, STAGES)
             step += 1
         found = warpgroup_mma_wait(0, deps=(found,))
         if end > start:
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            release(empty, step, STAGES)
         tma.store_wait(0)
         leaving.store(found.to(gl.bfloat16))
         fence_async_shared()

@@ -39,6 +39,9 @@ CUTLASS = "NVTE_USE_CUTLASS_GROUPED_GEMM"
 INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.17'"
 """Without isolation: its extension is built against the torch that is here, not against the newest one."""
 
+DTYPES = (torch.bfloat16, torch.float16)
+"""That its parts are given here."""
+
 _TAKES = {"A", "B", "out", "quantization_params", "out_dtype", "layout", "m_splits", "grad", "single_output"}
 
 
@@ -51,11 +54,6 @@ def wrong_device(device: torch.device, least: tuple[int, int] = (8, 0), what: st
         asked, has = (".".join(map(str, each)) for each in (least, found))
         return f"it needs a GPU with {what} (compute capability {asked} or more), and this one has {has}"
     return None
-
-
-def problem(device: torch.device) -> str | None:
-    """Why the grouped GEMM cannot be used on a device, found without allocating anything there; None where it can."""
-    return wrong_device(device) or lacks(lookup)
 
 
 def lacks(look: Callable[[], str | None]) -> str | None:
@@ -166,7 +164,7 @@ def _run(a: Any, b: Any, out: list[Tensor], layout: str, sizes: list[int], **mor
 
 def _takes(rows: Tensor, width: int) -> bool:
     """Whether these are for TransformerEngine: 16-bit floats, rows of whole 16 bytes."""
-    return rows.dtype in (torch.bfloat16, torch.float16) and rows.shape[1] % 8 == 0 and width % 8 == 0
+    return rows.dtype in DTYPES and rows.shape[1] % 8 == 0 and width % 8 == 0
 
 
 @functools.cache

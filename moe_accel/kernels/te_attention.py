@@ -23,7 +23,7 @@ _TAKES = {"qkv_format", "cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_se
 def takes(query: Tensor, value: Tensor) -> bool:
     """Whether these are for TransformerEngine: 16-bit floats on a GPU, heads of whole 16 bytes and of at most 256."""
     widths = query.shape[-1], value.shape[-1]
-    fits = query.dtype == value.dtype and query.dtype in (torch.bfloat16, torch.float16)
+    fits = query.dtype == value.dtype and query.dtype in te.DTYPES
     return fits and te.on_gpu(query) and all(width % 8 == 0 and width <= 256 for width in widths)
 
 
@@ -78,9 +78,8 @@ def _refused(num_heads: int, width: int, why: str) -> bool:
 
 def attend_rows(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention of rows: query [B,Q,T,D], key [B,K,T,D], value [B,K,T,V] -> [B,T,Q,V], contiguous."""
-    query, key, value = (
-        each.transpose(1, 2).contiguous() for each in (query, key, value)
-    )  # strides would be read wrongly
+    # other strides would be read wrongly
+    query, key, value = (each.transpose(1, 2).contiguous() for each in (query, key, value))
     module = _module(*_heads(query, key, value), scale, "bshd")
     return module(query, key, value).unflatten(-1, (query.shape[2], -1))
 

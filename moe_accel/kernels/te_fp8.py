@@ -35,7 +35,7 @@ tests/gpu/results/te_parts_*.json)."""
 
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether these are for an FP8 product: 16-bit floats on a GPU, some of them, and sizes that 16 divides."""
-    fits = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    fits = x.dtype == weight.dtype and x.dtype in te.DTYPES
     return fits and x.numel() > 0 and te.on_gpu(x) and not any(size % MULTIPLE for size in weight.shape)
 
 

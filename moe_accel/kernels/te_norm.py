@@ -17,7 +17,7 @@ from moe_accel.kernels import te
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """`rms_norm.rms_norm`: x [...,H], weight [H] -> [...,H]. Differentiable once. Not of fp32, nor of mixed dtypes."""
-    if x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype != weight.dtype or x.dtype not in te.DTYPES:
         return ours.rms_norm(x, weight, eps, offset)
     return _RMSNorm.apply(x, weight, eps, offset)  # pyright: ignore[reportReturnType]
 

@@ -1,5 +1,6 @@
 """The parts of `te_parts`: what TransformerEngine computes under `kernels: te`, and whether it can here."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -56,10 +57,16 @@ def check(device: torch.device, names: Sequence[str]) -> None:
         found = te.wrong_device(device, part.least, part.feature)
         if found is not None:
             raise ConfigError(f"{asked} cannot be used: {found}", instead)
-        found = te.lacks(part.lookup) or part.tried(device)
+        found = te.lacks(part.lookup) or _outcome(part.tried, device)
         if found is not None:
             fix = f"{instead}, or {te.INSTALL}" if not te.is_installed() else f"{instead}; moe-accel doctor says more"
             raise DependencyError(f"{asked} cannot be used: {found}", fix)
+
+
+@functools.cache
+def _outcome(tried: Callable[[torch.device], str | None], device: torch.device) -> str | None:
+    """What a trial says, of which there is one for the Accelerator and each of its models."""
+    return tried(device)
 
 
 def asked_for(name: str, names: Sequence[str]) -> str:

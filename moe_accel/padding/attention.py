@@ -64,6 +64,16 @@ class Packed:
     rows: Rows
     window: int | None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.rows.lengths)
+
+    @property
+    def narrow_window(self) -> int | None:
+        """The window where it leaves out a token of any sequence; else None."""
+        return None if self.window is None or self.window >= self.longest else self.window
+
 
 def install() -> None:
     """Let transformers' `sdpa` attention know packed sequences, and add `NO_SDPA`; all else stays as it was."""
@@ -153,18 +163,17 @@ def _by_te(query: Tensor, key: Tensor, value: Tensor, mask: Packed | None, scale
     query, key, value = as_autocast(query, key, value)
     if not te_attention.takes(query, value):
         return None
-    scale = cast(float, query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = scale_of(query, scale)
     with torch.autocast(query.device.type, enabled=False):
         if mask is None:
             if not te_attention.suits(query, key, value, scale, "bshd"):
                 return None
             return te_attention.attend_rows(query, key, value, scale)
-        longest = max(mask.rows.lengths)
-        window = None if mask.window is None or mask.window >= longest else mask.window
+        window = mask.narrow_window
         if not te_attention.suits(query, key, value, scale, "thd", window is not None):
             return None
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-        return te_attention.attend_packed(q, k, v, mask.rows.bounds, longest, window, scale).unsqueeze(0)
+        return te_attention.attend_packed(q, k, v, mask.rows.bounds, mask.longest, window, scale).unsqueeze(0)
 
 
 def window_of(mask_function: Any = None, local_size: int | None = None, **rest: Any) -> int | None:
@@ -215,7 +224,7 @@ def attend(
         [1,N,Q,V], contiguous.
     """
     query, key, value = as_autocast(query, key, value)
-    scale = cast(float, query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = scale_of(query, scale)
     with torch.autocast(query.device.type, enabled=False):
         if not fits_kernel(query, value) or (sinks is not None and not HAS_TRITON):
             return by_sequence(query, key, value, mask, scale, sinks)
@@ -224,6 +233,11 @@ def attend(
             if done is not None:
                 return done
         return by_kernel(query, key, value, mask, scale, sinks)
+
+
+def scale_of(query: Tensor, scale: float | None) -> float:
+    """The scale of the scores of queries [...,D]; None: D to the power of -1/2."""
+    return cast(float, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def fits_kernel(query: Tensor, value: Tensor) -> bool:
@@ -252,8 +266,7 @@ def by_kernel(
     if groups > 1 and not options and sinks is None:
         key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-    bounds, longest = mask.rows.bounds, max(mask.rows.lengths)
-    window = None if mask.window is None or mask.window >= longest else mask.window
+    bounds, longest, window = mask.rows.bounds, mask.longest, mask.narrow_window
     if sinks is not None:
         span = sink_kernels.Span(bounds, longest, window, scale)
         out = sink_kernels.attend(query, key, value, sinks, span)

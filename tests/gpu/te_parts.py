@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from moe_accel.experts.routing import pick, sort_by_expert
-from moe_accel.kernels import te
+from moe_accel.kernels import te, te_parts
 from moe_accel.kernels.grouped import TORCH
 from moe_accel.kernels.router import Rule, route
 from moe_accel.kernels.rows import gather_rows, sum_rows
@@ -255,7 +255,7 @@ def main():
     args = parser.parse_args()
     begun = time.monotonic()
     gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "none"
-    problem = te.problem(DEVICE)
+    problem = te_parts.problem(DEVICE, "experts")
     print(f"torch {torch.__version__}, transformer_engine {te.version()}, GPU {gpu}, kernels te: {problem or 'usable'}")
     for part in args.parts or PARTS:
         function, shapes = PARTS[part]

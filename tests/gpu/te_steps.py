@@ -38,6 +38,7 @@ def child(shape, arm, result):
 
     from moe_accel import MoEConfig
     from moe_accel.bench import check, suites
+    from moe_accel.bench.measure import peak_gib, timed
     from moe_accel.bench.options import Case
     from moe_accel.plugin import reports
 
@@ -56,17 +57,9 @@ def child(shape, arm, result):
     found = check.fingerprint(loss.item(), step.named())
     model.zero_grad(set_to_none=True)
     del loss
-    times, losses = [], []
-    for at in range(14):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if at == 4 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        begun = time.perf_counter()
-        losses.append(step.run().item())
-        times.append((time.perf_counter() - begun) * 1e3)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    row = {"times_ms": times, "ms": statistics.median(times[4:]), "peak_gib": peak, "losses": losses, "report": said}
+    times, returned = timed(step.run, 4, 10, device)
+    losses = [each.item() for each in returned]
+    row = {"times_ms": times, "ms": statistics.median(times), **peak_gib(device), "losses": losses, "report": said}
     torch.save((found, row), result)
 
 
@@ -129,7 +122,7 @@ def show(rows):
             print(f"{row['shape']:<16} {row['arm']:<24} {row['error']}")
             continue
         off = " ".join(f"{row.get(name, float('nan')):9.2e}" for name in ("loss_off", "gradients_off", "norms_off"))
-        measured = f"{row['ms']:8.1f} ms {row['peak_gib']:6.1f} GiB  {row['losses'][-1]:.4f}"
+        measured = f"{row['ms']:8.1f} ms {row['peak_gib'] or 0:6.1f} GiB  {row['losses'][-1]:.4f}"
         print(f"{row['shape']:<16} {row['arm']:<24} {measured}  {off}")
 
 

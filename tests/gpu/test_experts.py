@@ -10,6 +10,7 @@ import torch
 
 from moe_accel import experts
 from tests.families import build_tiny, experts_modules
+from tests.gradients import relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -57,10 +58,6 @@ def by(implementation):
         return module(*inputs)
 
     return forward
-
-
-def relative_error(values, truth):
-    return ((values.double() - truth).norm() / truth.norm()).item()
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16], ids=["fp32-weights", "bf16-weights"])

@@ -15,6 +15,7 @@ from moe_accel.kernels.device import IS_TRITON_36
 from moe_accel.kernels.glu import glu, glu_backward
 from moe_accel.kernels.gluon_outer import outer_of_gathered
 from moe_accel.kernels.grouped import grouped_mm, grouped_outer
+from tests.gradients import both_ways, relative_error
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,10 +55,6 @@ def made(sizes, routing):
     return x, up, down, gradient, torch.rand(len(routes.pairs), device=DEVICE), routes
 
 
-def off(found, exact):
-    return ((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
-
-
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_each_kernel_has_the_numbers_of_torchs_products(sizes, routing):
@@ -68,13 +65,13 @@ def test_each_kernel_has_the_numbers_of_torchs_products(sizes, routing):
     a_exact = glu(u_exact, weight)
     u, a = gathering.up_glu(x, sources, up, weight, tiles)
     lean, again = gathering.up_glu(x, sources, up, weight, tiles, keep=False)
-    assert off(u, u_exact) < 1e-3
-    assert off(a, a_exact) < 1e-3
+    assert relative_error(u, u_exact) < 1e-3
+    assert relative_error(a, a_exact) < 1e-3
     assert lean is None
     assert torch.equal(again, a)
     exact = glu_backward(grouped_mm(gradient[sources], down, ends), u_exact, weight)
     found = gathering.down_glu_backward(gradient, sources, down, u_exact, weight, tiles)
-    assert all(off(one, other) < 5e-3 for one, other in zip(found, exact, strict=True))
+    assert all(relative_error(one, other) < 5e-3 for one, other in zip(found, exact, strict=True))
     repeated = gathering.down_glu_backward(gradient, sources, down, u_exact, weight, tiles)
     assert all(torch.equal(one, other) for one, other in zip(found, repeated, strict=True))
     u_grad = exact[0]
@@ -89,7 +86,7 @@ def test_each_kernel_has_the_numbers_of_torchs_products(sizes, routing):
     }
     for name, (one, other) in pairs.items():
         assert one.shape == other.shape, name
-        assert off(one, other) < 1e-3, name
+        assert relative_error(one, other) < 1e-3, name
 
 
 @pytest.mark.parametrize("lean", [False, True], ids=["", "lean"])
@@ -99,15 +96,11 @@ def test_a_layer_is_as_near_to_exact_as_with_products_of_their_own(sizes, routin
     x, up, down, gradient, weight, routes = made(sizes, routing)
     turned = up.transpose(1, 2), down.transpose(1, 2)
 
-    def both_ways(function, *leaves):
-        leaves = [each.detach().requires_grad_() for each in leaves]
-        output = function(*leaves, routes)
-        return [output, *torch.autograd.grad(output, leaves, gradient.to(output.dtype))]
-
     monkeypatch.setattr(gathered, "IS_ON", False)
-    own = both_ways(lambda *given: gated_experts(*given, lean=lean), x, *turned, weight)
-    found = both_ways(lambda *given: gathered_experts(*given, lean=lean), x, *turned, weight)
-    exact = both_ways(gated_experts, x.double(), *(each.double() for each in turned), weight.double())
+    leaves = x, *turned, weight
+    own = both_ways(lambda *given: gated_experts(*given, routes, lean=lean), leaves, gradient)
+    found = both_ways(lambda *given: gathered_experts(*given, routes, lean=lean), leaves, gradient)
+    exact = both_ways(lambda *given: gated_experts(*given, routes), [each.double() for each in leaves], gradient)
     for one, other, true in zip(found, own, exact, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
-        assert off(one, true) <= 1.05 * off(other, true) + 1e-5
+        assert relative_error(one, true) <= 1.05 * relative_error(other, true) + 1e-5

@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from moe_accel import MoEConfig, experts
-from moe_accel.kernels import te
+from moe_accel.kernels import te_parts
 from moe_accel.plugin import reports
 from tests.families import build_tiny
-from tests.gpu.test_experts import BF16_SLACK, FAMILIES, by, computed, module_and_inputs, relative_error
+from tests.gpu.test_experts import BF16_SLACK, FAMILIES, by, computed, module_and_inputs
+from tests.gradients import relative_error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WHY_NOT = te.problem(DEVICE)
+WHY_NOT = te_parts.problem(DEVICE, "experts")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"kernels=te cannot be used: {WHY_NOT}")]
 

@@ -17,6 +17,7 @@ from moe_accel.kernels import te_attention, te_fp8, te_norm, te_parts
 from moe_accel.kernels.rms_norm import rms_norm
 from moe_accel.plugin import reports
 from tests.families import build_tiny
+from tests.gradients import both_ways, relative_error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHY_NOT = next(filter(None, (te_parts.problem(DEVICE, name) for name in te_parts.PARTS)), None)
@@ -27,17 +28,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"
 
 def randn(*shape, dtype=BF16):
     return torch.randn(*shape, device=DEVICE).to(dtype)
-
-
-def error(found, exact):
-    found, exact = found.double(), exact.double()
-    return ((found - exact).norm() / exact.norm()).item()
-
-
-def both_ways(function, leaves, gradient):
-    leaves = [each.detach().requires_grad_() for each in leaves]
-    output = function(*leaves)
-    return [output, *torch.autograd.grad(output, leaves, gradient.to(output.dtype))]
 
 
 @pytest.mark.parametrize("name", te_parts.PARTS)
@@ -59,7 +49,7 @@ def test_a_norm_is_as_near_to_fp64_as_ours(shape, offset):
     found = both_ways(lambda x, w: te_norm.rms_norm(x, w, 1e-6, offset), (x, weight), gradient)
     for one, own, true in zip(found, ours, truth, strict=True):
         assert (one.shape, one.dtype) == (own.shape, own.dtype)
-        assert error(one, true) <= 1.1 * error(own, true) + 1e-5
+        assert relative_error(one, true) <= 1.1 * relative_error(own, true) + 1e-5
 
 
 def test_a_norm_of_rows_that_lie_apart_is_that_of_a_copy():
@@ -87,7 +77,7 @@ def test_attention_of_rows_is_near_to_fp64(width, value_width, num_key_heads):
     found = both_ways(lambda *qkv: te_attention.attend_rows(*qkv, 0.1), (q, k, v), gradient)
     for one, true in zip(found, truth, strict=True):
         assert one.shape == true.shape
-        assert error(one, true) < 0.01
+        assert relative_error(one, true) < 0.01
 
 
 @pytest.mark.parametrize("window", [None, 8])
@@ -112,7 +102,7 @@ def test_attention_of_packed_sequences_is_near_to_fp64(window):
     truth = both_ways(exact, [each.double() for each in (q, k, v)], gradient)
     for one, true in zip(both_ways(packed, (q, k, v), gradient), truth, strict=True):
         assert one.shape == true.shape
-        assert error(one, true) < 0.01
+        assert relative_error(one, true) < 0.01
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -137,7 +127,7 @@ def test_a_layer_in_fp8_has_the_bits_of_its_own_module(has_bias, num_rows):
     for one, other in zip(found, both_ways(theirs, leaves, gradient), strict=True):
         assert torch.equal(one, other)
     exact = both_ways(lambda x, w, b=None: functional.linear(x, w, b), [each.double() for each in leaves], gradient)
-    assert all(error(one, true) < 0.1 for one, true in zip(found, exact, strict=True))
+    assert all(relative_error(one, true) < 0.1 for one, true in zip(found, exact, strict=True))
 
 
 def test_recompute_and_frozen_weights_change_no_bit_in_fp8():

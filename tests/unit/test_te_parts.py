@@ -18,19 +18,10 @@ from moe_accel.padding.rows import Rows
 from tests import fake_te_parts
 from tests.fake_transformer_engine import CALLS
 from tests.families import build_tiny
+from tests.gradients import both_ways, relative_error
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
-
-
-def both_ways(function, leaves, gradient):
-    leaves = [each.detach().requires_grad_() for each in leaves]
-    output = function(*leaves)
-    return [output, *torch.autograd.grad(output, leaves, gradient)]
-
-
-def error(found, exact):
-    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 # ---- norms
@@ -45,7 +36,7 @@ def test_a_norm_is_that_of_ours(package, offset):
     assert CALLS == {"norm": 1, "norm backward": 1}
     for one, other in zip(found, ours, strict=True):
         assert one.shape == other.shape
-        assert error(one, other) < 0.01
+        assert relative_error(one, other) < 0.01
 
 
 def test_norms_of_fp32_and_of_mixed_dtypes_stay_ours(package):
@@ -106,7 +97,7 @@ def attended(module, mask=None, length=6, dtype=BF16, **how):
 
 
 def test_causal_attention_of_marked_modules_is_theirs(package):
-    assert error(attended(Attention()), attended(Attention(by_te=False))) < 0.01
+    assert relative_error(attended(Attention()), attended(Attention(by_te=False))) < 0.01
     assert CALLS == {"bshd": 2}
 
 
@@ -132,7 +123,7 @@ def test_packed_sequences_are_theirs_too(package, window):
     packed = attention.Packed(rows_of([4, 2]), window)
     found, expected = (attended(Attention(by_te=by_te), packed) for by_te in (True, False))
     assert found.shape == expected.shape
-    assert error(found, expected) < 0.01
+    assert relative_error(found, expected) < 0.01
     assert CALLS == {"thd": 2}
 
 
@@ -226,7 +217,7 @@ def test_a_layer_in_fp8_is_near_to_exact(package, num_rows, has_bias):
     assert CALLS == {"quantised": 4, "fp8 TN": 1, "fp8 NN": 1, "fp8 NT": 1}
     for one, other in zip(found, exact, strict=True):
         assert (one.shape, one.dtype) == (other.shape, BF16)
-        assert error(one, other) < 0.1
+        assert relative_error(one, other) < 0.1
 
 
 def test_what_needs_no_gradient_is_not_computed_in_fp8(package):
@@ -307,7 +298,7 @@ def test_fp32_and_autocast_in_fp8(package):
     with torch.autocast("cpu", BF16):
         found, expected = layer(x), plain(x)
     assert found.dtype == expected.dtype == BF16
-    assert error(found, expected) < 0.1
+    assert relative_error(found, expected) < 0.1
     found.sum().backward()
     assert layer[0].weight.grad.dtype == torch.float32
     assert CALLS["fp8 NT"] == 1
