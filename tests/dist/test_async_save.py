@@ -1,8 +1,8 @@
 """`async_save`: states written while training goes on are those of their step, and a failed write spoils nothing."""
 
+import errno
 import functools
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,13 @@ def failed_write(family: str, folder: Path, victim: int) -> tuple[str, list[bool
 
 
 def fail_on(here: bool, save: Any, state_dict: Any, storage_writer: Any, **how: Any) -> Any:
+    """Save; `here` the disk is full. An error outside of torch's own steps would leave the other rank waiting."""
+
+    def write_data(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     if here:
-        shutil.rmtree(storage_writer.path)
-        storage_writer.path.write_text("no folder")
+        storage_writer.write_data = write_data
     return save(state_dict, storage_writer=storage_writer, **how)
 
 
@@ -70,5 +74,5 @@ def fail_on(here: bool, save: Any, state_dict: Any, storage_writer: Any, **how: 
 def test_a_write_that_fails_is_told_by_the_next_call_and_spoils_nothing(tmp_path, victim):
     environment = {**with_moe_config(ep_size=2, async_save=True), "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     for message, there in run_ranks(failed_write, 2, environment, family="qwen3_moe", folder=tmp_path, victim=victim):
-        assert re.match(rf"{re.escape(str(tmp_path / 'second'))} was not saved: ", message)
+        assert re.match(rf"{re.escape(str(tmp_path / 'second'))} was not saved: .*No space left on device", message)
         assert there == [True] * 3

@@ -141,7 +141,7 @@ def test_it_is_chosen_where_it_was_measured_to_pay(hopper):
     assert not chosen(**QWEN3)
 
 
-def test_it_is_off_unless_asked_for(hopper):
+def test_it_can_be_switched_off(hopper):
     hopper.setattr(gathered, "IS_ON", False)
     assert not chosen(**QWEN3)
 
