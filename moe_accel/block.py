@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_accel.experts.router_proof import fuse_router
 from moe_accel.hooks import wrap
-from moe_accel.kernels import te_norm
+from moe_accel.kernels import te_norm, te_router
 from moe_accel.kernels.device import HAS_TRITON, use_triton
 from moe_accel.kernels.rms_norm import normalise_torch, rms_norm
 from moe_accel.kernels.rope import rotate, rotate_torch
@@ -31,14 +31,14 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _in_fused_attention: ContextVar[bool] = ContextVar("in_fused_attention", default=False)
 
 
-def install(model: nn.Module, device: torch.device, precision: str = "no", te_norms: bool = False) -> Choice:
+def install(model: nn.Module, device: torch.device, precision: str = "no", of_te: Sequence[str] = ()) -> Choice:
     """Replace the norms, rotations and routers of a model that is trained on `device`.
 
     Args:
         model: the transformers model.
         device: where it is trained.
         precision: accelerate's mixed_precision, under whose autocast forward will run.
-        te_norms: let TransformerEngine compute the norms.
+        of_te: what TransformerEngine is to compute, of `norms` and `router`.
 
     Returns:
         What was done and why.
@@ -46,25 +46,30 @@ def install(model: nn.Module, device: torch.device, precision: str = "no", te_no
     if device.type != "cuda" or not HAS_TRITON:
         return Choice("native", f"kernels need {'triton' if device.type == 'cuda' else 'a GPU'}")
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    fused = [module for module in norms if fuse_norm(module, te_norm.rms_norm if te_norms else rms_norm)]
+    fused = [module for module in norms if fuse_norm(module, te_norm.rms_norm if "norms" in of_te else rms_norm)]
     turned = fuse_rotations(model)
-    num_routed, routers = fuse_routers(model, AUTOCAST.get(precision))
+    num_routed, routers = fuse_routers(model, AUTOCAST.get(precision), "router" in of_te)
     said = f"{len(fused)} of {len(norms)} norms, rotary embeddings {'too' if turned else 'of their own kind stay'}"
     return Choice("fused" if fused or turned or num_routed else "native", f"{said}, {routers}")
 
 
-def fuse_routers(model: nn.Module, autocast: torch.dtype | None) -> tuple[int, str]:
+def fuse_routers(model: nn.Module, autocast: torch.dtype | None, by_te: bool = False) -> tuple[int, str]:
     """Let the routers of one model compute with the kernels, where they are proven to; returns how many do, and words.
 
-    A router that is a part of its block's forward cannot be replaced.
+    A router that is a part of its block's forward cannot be replaced. `by_te`: with TransformerEngine's, those whose
+    rule it has.
     """
     routers = [module for module in model.modules() if re.search(ROUTERS, type(module).__name__)]
-    proofs = [(type(module).__name__, fuse_router(module)) for module in routers]
+    function = te_router.route if by_te else None
+    proofs = [(type(module).__name__, fuse_router(module, function)) for module in routers]
     staying = sorted({name for name, proof in proofs if proof is None})
     rounding = sorted({name for name, proof in proofs if proof is not None and not proof.computes(autocast)})
     said = [f"{', '.join(staying)} of its own kind stays"] if staying else []
     said += [f"{', '.join(rounding)} stays under autocast"] if rounding else []
-    num_fused = sum(proof is not None and proof.computes(autocast) for _, proof in proofs)
+    fused = [proof for _, proof in proofs if proof is not None and proof.computes(autocast)]
+    num_fused = len(fused)
+    if by_te:
+        said = [f"{sum(te_router.takes(proof.rule) for proof in fused)} of them by TransformerEngine", *said]
     if not routers:
         return 0, "routers inside of their blocks stay"
     return num_fused, f"{num_fused} of {len(routers)} routers{': ' + ', '.join(said) if said else ''}"

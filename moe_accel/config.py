@@ -20,7 +20,7 @@ ENV_VAR = "MOE_ACCEL_CONFIG"
 SECTION = "moe_config"
 DISPATCHERS = ("auto", "alltoall", "deepep")
 KERNELS = ("auto", "reference", "fused", "te")
-TE_PARTS = ("experts", "norms", "attention", "fp8")
+TE_PARTS = ("experts", "permutation", "router", "norms", "attention", "fp8")
 """What `kernels: te` may let TransformerEngine compute."""
 SAVE_LAYOUTS = ("per-expert", "stacked")
 PADDING_FREE = ("auto", "off")

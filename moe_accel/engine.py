@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_accel.kernels import te, te_fp8
 from moe_accel.kernels.device import as_autocast
+from moe_accel.kernels.te_parts import OF_EXPERTS
 from moe_accel.padding.attention import let_te_attend
 from moe_accel.swap import become, is_bare
 
@@ -44,9 +45,10 @@ def choose(model: Any, parts: Sequence[str], computed: Computed) -> tuple[list[s
     casts = computed.precision in ("bf16", "fp16")
     weights = {each.dtype for each in model.parameters() if each.is_floating_point()}
     if not casts and not weights.intersection(te.DTYPES):
-        said.append("the model is in fp32, of which TransformerEngine computes nothing outside of autocast")
-    if computed.compiled and (left := [each for each in taken if each != "experts"]):
-        taken = [each for each in taken if each == "experts"]
+        nothing = "nothing but routers" if "router" in taken else "nothing"
+        said.append(f"the model is in fp32, of which TransformerEngine computes {nothing} outside of autocast")
+    if computed.compiled and (left := [each for each in taken if each not in OF_EXPERTS]):
+        taken = [each for each in taken if each in OF_EXPERTS]
         said.append(f"{', '.join(left)} not by TransformerEngine: torch.compile is to compile the model")
     of_norms = [getattr(each, "weight", None) for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
     wide = [each for each in of_norms if each is not None and each.dtype not in te.DTYPES]

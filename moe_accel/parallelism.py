@@ -34,8 +34,8 @@ class MoEConfig(ParallelismConfig):
         save_layout: of saved models: `per-expert`, as `save_pretrained` writes for the hub, or `stacked`, as in memory.
         async_save: write periodic checkpoints while training goes on, from a copy in host memory.
         padding_free: compute no padding in training where that changes no number (`auto`), or `off`.
-        te_parts: what TransformerEngine computes under `kernels: te`: some of `experts`, `norms`, `attention`, `fp8`;
-            the rest is as `fused`.
+        te_parts: what TransformerEngine computes under `kernels: te`: some of `experts`, `permutation`, `router`,
+            `norms`, `attention`, `fp8`; the rest is as `fused`.
 
     Raises:
         ConfigError: a value is wrong; all wrong values are listed. Or, when the Accelerator is made, they do not fit

@@ -170,14 +170,15 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     if config.kernels == "te":
         parts, te_said = engine.choose(_unwrapped(model), config.te_parts, how_computed(accelerator, model))
     kernels = choose_kernels(config.kernels, accelerator.device, parts)
-    of_experts = "fused" if kernels.value == "te" and "experts" not in parts else kernels.value
+    of_te = tuple(each for each in te_parts.OF_EXPERTS if each in parts)
+    of_experts = "fused" if kernels.value == "te" and not of_te else kernels.value
     group = config.sparse_mesh.get_group("ep") if config.ep_size > 1 else None
     dispatcher = choose.choose(config.dispatcher, group, traffic(found), accelerator.device)
     lean = kept.kept_experts(_unwrapped(model))
     for _, module in found:
         transport = group and choose.transport(dispatcher, group, module.num_experts // config.ep_size)
         ep_rank = transport.rank if transport else 0
-        settings = experts.Settings(of_experts, transport, config.ep_size, ep_rank, lean=module in lean)
+        settings = experts.Settings(of_experts, transport, config.ep_size, ep_rank, module in lean, of_te=of_te)
         experts.install(module, settings)
     beside_said = experts.compute_beside(found, model) if config.ep_size > 1 else []
     used = experts.computing(model, found)
@@ -192,7 +193,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         num_local_experts=" or ".join(str(size // config.ep_size) for size in sizes),
         dispatcher=dispatcher,
         kernels=kernels,
-        **choose_rest(kernels, _unwrapped(model), accelerator, "norms" in parts),
+        **choose_rest(kernels, _unwrapped(model), accelerator, parts),
         num_expert_parameters=sum(count for count, _ in counts),
         num_trainable=sum(count for count, trainable in counts if trainable),
         notes=(
@@ -275,7 +276,7 @@ def how_computed(accelerator: Accelerator, model: nn.Module) -> engine.Computed:
 
 
 def choose_rest(
-    kernels: Choice, model: nn.Module, accelerator: Accelerator, te_norms: bool = False
+    kernels: Choice, model: nn.Module, accelerator: Accelerator, of_te: Sequence[str] = ()
 ) -> dict[str, Choice]:
     """How the rest of a block, the loss of `labels=` and padding are computed, and why, as fields of the report."""
     if kernels.value == "reference":
@@ -283,7 +284,7 @@ def choose_rest(
         return {"block": native, "loss": native, "padding": Choice("computed", native.reason)}
     config: Any = accelerator.parallelism_config
     return {
-        "block": block.install(model, accelerator.device, accelerator.mixed_precision, te_norms),
+        "block": block.install(model, accelerator.device, accelerator.mixed_precision, of_te),
         "loss": loss.install(model, accelerator.mixed_precision),
         "padding": padding.install(model, config.padding_free, _is_compiled_by(accelerator)),
     }

@@ -1,4 +1,4 @@
-"""RMSNorm, attention and FP8 of a `transformer_engine` that runs anywhere: their own names, arguments and rules.
+"""The other parts of a `transformer_engine` that runs anywhere: their own names, arguments and rules.
 
 What is checked is what the real one would read wrongly in silence or stop at: it looks at no strides, multiplies FP8 by
 what was quantised along that dimension, in sizes that 16 divides, and wants bounds as int32. Read in 2.20.2, as in
@@ -16,8 +16,11 @@ NAMES = (
     ".attention.dot_product_attention",
     ".constants",
     ".quantized_tensor",
+    ".router",
     ".tensor",
     ".tensor.float8_tensor",
+    ".triton",
+    ".triton.permutation",
 )
 DTYPES = types.SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2")
 BACKENDS = {"use_unfused_attention": False}
@@ -105,6 +108,87 @@ def fill(modules, calls):
     modules[of_torch].DotProductAttention = DotProductAttention
     modules[f"{of_torch}.attention.dot_product_attention"]._attention_backends = BACKENDS
     fill_fp8(modules, calls)
+    fill_routing(modules, calls)
+
+
+def fill_routing(modules, calls):
+    """The same of routers and of permutation, by the names of their arguments."""
+    of_torch = "transformer_engine.pytorch"
+
+    def fused_topk_with_score_function(
+        logits,
+        topk,
+        use_pre_softmax,
+        num_groups,
+        group_topk,
+        scaling_factor,
+        score_function,
+        expert_bias,
+        routing_map_format="bytemap",
+        topk_indices=None,
+        qb_histogram=None,
+    ):
+        assert logits.dtype == torch.float32, "weights are rounded to the dtype of the logits"
+        assert logits.is_contiguous()
+        assert topk_indices.shape == (len(logits), topk)
+        assert score_function in ("softmax", "sigmoid")
+        assert (num_groups is None) == (group_topk is None)
+        calls[score_function] += 1
+        scores = logits.sigmoid() if score_function == "sigmoid" else logits
+        if use_pre_softmax:
+            scores = logits.softmax(-1)
+        wanted = scores.detach() if expert_bias is None else scores.detach() + expert_bias
+        if num_groups is not None:
+            of_group = wanted.view(len(wanted), num_groups, -1).topk(topk // group_topk).values.sum(-1)
+            near = torch.zeros_like(of_group).scatter_(1, of_group.topk(group_topk).indices, 1).bool()
+            wanted = wanted.masked_fill(~near.repeat_interleave(wanted.shape[1] // num_groups, 1), float("-inf"))
+        topk_indices.copy_(wanted.topk(topk).indices.sort(-1).values)  # in an order of its own
+        chosen = scores.gather(1, topk_indices)
+        if score_function == "sigmoid":
+            chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) if topk > 1 else chosen
+        elif not use_pre_softmax:
+            chosen = chosen.softmax(-1)
+        chosen = chosen * (1.0 if scaling_factor is None else scaling_factor)
+        return torch.zeros_like(logits).scatter(1, topk_indices, chosen), topk_indices
+
+    def permute_with_mask_map(
+        inp,
+        row_id_map,
+        probs,
+        scale,
+        pad_offsets,
+        num_tokens,
+        num_experts,
+        num_out_tokens,
+        hidden_size,
+        scale_hidden_dim,
+    ):
+        assert (probs, scale, pad_offsets, scale_hidden_dim) == (None,) * 4
+        assert num_out_tokens > 0
+        assert inp.shape == (num_tokens, hidden_size)
+        calls["permute"] += 1
+        out = inp.new_full((num_out_tokens, hidden_size), float("nan"))
+        for source, places in zip(inp, listed(row_id_map, num_tokens, num_experts), strict=True):
+            out[places] = source
+        return out, None, None
+
+    def unpermute_with_mask_map(
+        inp, row_id_map, merging_probs, permuted_probs, pad_offsets, num_tokens, num_experts, hidden_size
+    ):
+        assert (merging_probs, permuted_probs, pad_offsets) == (None,) * 3
+        assert inp.shape[1] == hidden_size
+        calls["unpermute"] += 1
+        sums = [inp[places].float().sum(0) for places in listed(row_id_map, num_tokens, num_experts)]
+        return torch.stack(sums).to(inp.dtype), None
+
+    def listed(row_id_map, num_tokens, num_experts):
+        assert row_id_map.dtype == torch.int32
+        assert row_id_map.shape == (num_tokens, 2 * num_experts + 1)
+        return [row[: row[2 * num_experts]] for row in row_id_map.tolist()]
+
+    modules[f"{of_torch}.router"].fused_topk_with_score_function = fused_topk_with_score_function
+    moves = modules[f"{of_torch}.triton.permutation"]
+    moves.permute_with_mask_map, moves.unpermute_with_mask_map = permute_with_mask_map, unpermute_with_mask_map
 
 
 class Storage:

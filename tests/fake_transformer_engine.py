@@ -61,7 +61,7 @@ def general_grouped_gemm(
 
 def install(monkeypatch, gemm=general_grouped_gemm):
     """Let `import transformer_engine.pytorch` give the fake, with this function in it; None: without one."""
-    from moe_accel.kernels import te, te_attention, te_fp8, te_norm
+    from moe_accel.kernels import te, te_attention, te_fp8, te_norm, te_router, te_rows
 
     CALLS.clear()
     names = ["transformer_engine"]
@@ -82,6 +82,8 @@ def install(monkeypatch, gemm=general_grouped_gemm):
         te_attention._suits,
         te_fp8._functions,
         te_fp8._quantiser,
+        te_router._function,
+        te_rows._functions,
     )
     for each in caches:
         each.cache_clear()

@@ -23,7 +23,8 @@ from moe_accel.experts.reference import reference_experts
 from moe_accel.experts.replay import Record, Records, in_backward
 from moe_accel.experts.routing import LocalRouting, sort_by_expert
 from moe_accel.experts.weights import projections
-from moe_accel.kernels import te
+from moe_accel.kernels import te, te_rows
+from moe_accel.kernels.grouped import TORCH
 
 NAME = "moe_accel"
 
@@ -33,7 +34,7 @@ class Settings:
     """How one experts module computes.
 
     Attributes:
-        kernels: `fused`, `reference` or `te`, which is `fused` with TransformerEngine's grouped GEMMs.
+        kernels: `fused`, `reference` or `te`, which is `fused` but for `of_te`.
         dispatcher: transport to the other ranks' experts; None where this rank has all of them.
         ep_size: ranks that share the experts; 1 without a dispatcher.
         ep_rank: which of them this is.
@@ -41,6 +42,7 @@ class Settings:
         counting: whether to count `load`.
         dtype: in which weights kept in another are computed, as FSDP2's mixed precision says, where FSDP2 is not there
             to cast them; of tokens that are sent, too. None: no cast but autocast's.
+        of_te: what TransformerEngine computes under `te`: some of `experts` (their grouped GEMMs) and `permutation`.
         beside: the shared expert of the same block, where it is computed while tokens travel.
         joined: weights of this module that have room for their adapters, by name.
         apart: rank of the adapters of those that had, before a state dict was made of them.
@@ -55,6 +57,7 @@ class Settings:
     lean: bool = False
     counting: bool = False
     dtype: torch.dtype | None = None
+    of_te: tuple[str, ...] = ("experts",)
     beside: Beside | None = None
     joined: dict[str, Joined] = field(default_factory=dict)
     apart: dict[str, int] = field(default_factory=dict)
@@ -74,7 +77,8 @@ class Settings:
     @property
     def _plain(self) -> tuple[Any, ...]:
         """What it is made of, in the order of the fields, up to those with a history."""
-        return self.kernels, self.dispatcher, self.ep_size, self.ep_rank, self.lean, self.counting, self.dtype
+        of_ranks = self.dispatcher, self.ep_size, self.ep_rank
+        return self.kernels, *of_ranks, self.lean, self.counting, self.dtype, self.of_te
 
 
 def _loaded(*values: Any) -> Settings:
@@ -198,13 +202,16 @@ def _compute(
     how: Any = (module, x, routing, weights, norm_scale, (up, down), settings.lean)
     if settings.kernels == "te":
         with_te: Any = _with_te
-        return with_te(settings.dtype, *how)
+        return with_te(settings, choices.shape[1], *how)
     return fused_experts(*how, dtype=settings.dtype)
 
 
 @torch.compiler.disable  # sizes of groups on the host: a compiled graph would be made anew for every batch
-def _with_te(dtype: torch.dtype | None, module: Any, x: Tensor, routing: LocalRouting, *how: Any) -> Tensor:
-    return fused_experts(module, x, routing, *how, gemm=te.grouped_gemm(routing.sizes), dtype=dtype)
+def _with_te(settings: Settings, top_k: int, module: Any, x: Tensor, routing: LocalRouting, *how: Any) -> Tensor:
+    gemm = te.grouped_gemm(routing.sizes) if "experts" in settings.of_te else TORCH
+    if "permutation" in settings.of_te:
+        gemm = te_rows.moving(gemm, routing.rows, top_k)
+    return fused_experts(module, x, routing, *how, gemm=gemm, dtype=settings.dtype)
 
 
 def _count(settings: Settings, routing: LocalRouting | None) -> None:

@@ -37,7 +37,7 @@ from moe_accel.experts.weights import has_post_norm
 from moe_accel.kernels.device import autocast_dtype, without_autocast
 from moe_accel.kernels.glu import SWIGLU, ExpertBias, Gate, glu, glu_backward
 from moe_accel.kernels.grouped import TORCH, GroupedGemm
-from moe_accel.kernels.rows import RowMap, gather, sum_copies
+from moe_accel.kernels.rows import RowMap
 from moe_accel.kernels.squared_relu import squared_relu, squared_relu_backward
 from moe_accel.swap import is_bare
 
@@ -85,7 +85,7 @@ def gated_experts(
         gate: between the two projections; None: relu^2.
         biases: [e,2I], of a projection with a gate, and [e,H], in their own dtypes.
         lean: compute the first projection again in backward rather than keep its output.
-        gemm: who multiplies.
+        gemm: who multiplies, and brings rows to experts and back.
         dtype: of the products; None: as autocast says, else that of x.
 
     Returns:
@@ -147,7 +147,7 @@ class _Inner(torch.autograd.Function):
         ctx.joined, ctx.gate, ctx.gemm = joined, gate, gemm
         # `down` is not multiplied by here: its shape says what there is room for
         to_u, to_y = _projections(up.to(x.dtype), down, (up_a, up_b), (down_a, down_b), joined, gemm)
-        rows = gather(x, RowMap(sources, copies, starts), to_u.tail)
+        rows = gemm.gather(x, RowMap(sources, copies, starts), to_u.tail)
         up_low = to_u.low(rows, ends)
         u, u_more = to_u.product(rows, up_low, ends)
         del rows
@@ -182,12 +182,12 @@ class _Inner(torch.autograd.Function):
         of_u, of_y = to_u.transposed(), to_y.transposed()
         rows = None
         if u is None:
-            rows = gather(x, places, to_u.tail)
+            rows = gemm.gather(x, places, to_u.tail)
             if to_u.tail:
                 rows[:, up.shape[1] :] = up_low
             u = to_u.product(rows, None, ends)[0]
         u_more = None if up_low is None or to_u.tail else gemm.multiply(up_low, up_b, ends)
-        y_grad = gather(gradient, places, of_y.tail)
+        y_grad = gemm.gather(gradient, places, of_y.tail)
         down_low_grad = of_y.low(y_grad, ends)
         a_grad, a_grad_more = of_y.product(y_grad, down_low_grad, ends)
         of_a = a_grad, u, weight_p, a_grad_more, u_more
@@ -205,11 +205,11 @@ class _Inner(torch.autograd.Function):
         x_grad = None
         if needs_x:
             pair_grad, pair_grad_more = of_u.product(u_grad, up_low_grad, ends)
-            x_grad = sum_copies(pair_grad, places.copies, places.starts, pair_grad_more)
+            x_grad = gemm.sum_copies(pair_grad, places.copies, places.starts, pair_grad_more)
             del pair_grad, pair_grad_more
         u_grad = u_grad[:, : up.shape[2]]
         if rows is None and (needs_up or needs_factors[0]):
-            rows = gather(x, places)
+            rows = gemm.gather(x, places)
         rows = None if rows is None else rows[:, : up.shape[1]]
         up_grad = _like(gemm, up, rows, u_grad, ends).to(up.dtype) if needs_up else None
         up_factors_grad = (
@@ -256,7 +256,7 @@ class _Outer(torch.autograd.Function):
     ) -> Tensor:
         whole = None if joined is None else joined[0].whole
         y, y_more = Projection(gemm, down.to(a.dtype), down_a, down_b, whole).product(a, down_low, ends)
-        y = sum_copies(y, copies, starts, y_more)
+        y = gemm.sum_copies(y, copies, starts, y_more)
         if down_bias is None:
             return y
         return torch.addmm(y, _weight_of_experts(weight_p, carrier, down_bias, experts, sources), down_bias.to(y.dtype))

@@ -93,17 +93,19 @@ class Proof:
             return None
         return getattr(module, self.correction) if self.correction else given[0]
 
-    def outputs(self, module: Any, x: Tensor, given: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What the router returns for tokens x [...,H], with weights in `dtype`."""
+    def outputs(
+        self, module: Any, x: Tensor, given: tuple[Any, ...], dtype: torch.dtype, function: Any = None
+    ) -> tuple[Tensor, ...]:
+        """What the router returns for tokens x [...,H], with weights in `dtype`; `function`: of `install`."""
         logits = self.logits(module, x)
-        found = logits, *route(logits, self.bias(module, given), self.rule, dtype)
+        found = logits, *(function or route)(logits, self.bias(module, given), self.rule, dtype)
         placed = dict(zip(self.order, found, strict=True))
         return placed[0], placed[1], placed[2]
 
 
-def install(module: Any, proof: Proof) -> None:
-    """Let a router compute with the kernels what was proven of it."""
-    module._moe_accel_router = proof
+def install(module: Any, proof: Proof, function: Any = None) -> None:
+    """Let a router compute what was proven of it with `route`, or another `function` of its contract."""
+    module._moe_accel_router, module._moe_accel_route = proof, function
     become(module, _FusedRouter)
 
 
@@ -128,4 +130,4 @@ class _FusedRouter(nn.Module):
         plain = all(type(each) in (Tensor, nn.Parameter) for each in (x, weight, *given))
         if dtype is None or not (plain and use_triton(x) and proof.holds(self)):
             return super().forward(*args)
-        return proof.outputs(self, x, tuple(given), dtype)
+        return proof.outputs(self, x, tuple(given), dtype, self._moe_accel_route)

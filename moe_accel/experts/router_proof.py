@@ -30,12 +30,13 @@ _proven: dict[Any, tuple[Proof | None, Any]] = {}
 """Of every kind of router seen, with what its key refers to: there are many modules of a kind."""
 
 
-def fuse_router(module: nn.Module) -> Proof | None:
-    """Let one router compute with the kernels, if it does what they do; returns what that is."""
+def fuse_router(module: nn.Module, function: Any = None) -> Proof | None:
+    """Let one router compute with the kernels, or another `function` of their contract, if it does what they do;
+    returns what that is."""
     if proof_of(module) is None and "forward" not in vars(module):
         proof = prove(module)
         if proof is not None:
-            install(module, proof)
+            install(module, proof, function)
     return proof_of(module)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_accel.kernels.device import capability
+from moe_accel.kernels.rows import gather, sum_copies
 
 
 def grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
@@ -51,10 +52,13 @@ def grouped_outer(rows: Tensor, others: Tensor, ends: Tensor) -> Tensor:
 
 
 class GroupedGemm(NamedTuple):
-    """Who multiplies groups: functions with the contracts of `grouped_mm` and `grouped_outer`."""
+    """Who multiplies groups, and who brings rows to them and back: functions with the contracts of `grouped_mm`,
+    `grouped_outer`, `rows.gather` and `rows.sum_copies`."""
 
     multiply: Callable[[Tensor, Tensor, Tensor], Tensor]
     outer: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gather: Callable[..., Tensor] = gather
+    sum_copies: Callable[..., Tensor] = sum_copies
 
 
 TORCH = GroupedGemm(grouped_mm, grouped_outer)

@@ -1,6 +1,6 @@
 """TransformerEngine's grouped GEMM behind the contract of `grouped.py`; and `load`, the one way to the package.
 
-Taken under `kernels: te` alone, as are `te_norm.py`, `te_attention.py` and `te_fp8.py`. Read in its source, 2.20.2
+Taken under `kernels: te` alone, as are the other `te_*.py`. Read in its source, 2.20.2
 (`cpp_extensions/gemm.py`, `csrc/extensions/gemm.cpp`):
 
 - `general_grouped_gemm` takes lists of matrices and computes, for each pair, B @ A.T in layout TN, B @ A in NN and
@@ -23,7 +23,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,13 @@ def lacks(look: Callable[[], str | None]) -> str | None:
 
 def lookup() -> str | None:
     """What the grouped GEMM of this version does not take; None where it takes all that it is given here."""
-    missing = sorted(_TAKES - set(inspect.signature(_gemm()).parameters))
-    if missing:
-        return f"general_grouped_gemm of transformer_engine {version()} takes no {', '.join(missing)}"
-    return None
+    return missing("general_grouped_gemm", _gemm(), _TAKES)
+
+
+def missing(name: str, function: Callable[..., Any], takes: Set[str]) -> str | None:
+    """Which of these arguments a function of this version does not take; None where it takes all of them."""
+    absent = sorted(takes - set(inspect.signature(function).parameters))
+    return f"{name} of transformer_engine {version()} takes no {', '.join(absent)}" if absent else None
 
 
 def on_gpu(values: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from moe_accel.errors import ConfigError, DependencyError
-from moe_accel.kernels import te, te_attention, te_fp8, te_norm
+from moe_accel.kernels import te, te_attention, te_fp8, te_norm, te_router, te_rows
 
 
 class Part(NamedTuple):
@@ -30,10 +30,14 @@ class Part(NamedTuple):
 
 PARTS = {
     "experts": Part("grouped GEMMs of the experts", te.lookup, te.tried),
+    "permutation": Part("permutation of tokens", te_rows.lookup, te_rows.tried),
+    "router": Part("router", te_router.lookup, te_router.tried),
     "norms": Part("RMSNorm", te_norm.lookup, te_norm.tried),
     "attention": Part("attention", te_attention.lookup, te_attention.tried),
     "fp8": Part("large linear layers in FP8", te_fp8.lookup, te_fp8.tried, te_fp8.CAPABILITY, "FP8"),
 }
+OF_EXPERTS = ("experts", "permutation")
+"""Those that are inside of the experts function."""
 
 
 def problem(device: torch.device, name: str) -> str | None:

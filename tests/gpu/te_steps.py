@@ -1,6 +1,6 @@
 """A whole training step with each part of `te_parts` by TransformerEngine, beside `kernels: fused` and transformers.
 
-usage      PYTHONPATH=FOLDER_WITH_TE:$PWD python3 -m tests.gpu.te_steps [SHAPE ...] [--seconds 500]
+usage      PYTHONPATH=FOLDER_WITH_TE:$PWD python3 -m tests.gpu.te_steps [SHAPE ...] [--arms ARM ...] [--seconds 500]
 prints     a line for each arm as it ends, and a table; $OUT/te_steps.json
 
 One process an arm, the same weights and tokens. Of each: median ms of 10 steps after 4, peak memory, the loss and the
@@ -25,6 +25,8 @@ DEPTHS = {"qwen3-30b-a3b": (4, 16_384), "mixtral-8x7b": (2, 16_384), "deepseek-v
 ARMS = {
     "native": None,
     "fused": [],
+    "permutation": ["permutation"],
+    "router": ["router"],
     "norms": ["norms"],
     "attention": ["attention"],
     "fp8": ["fp8"],
@@ -83,6 +85,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("shapes", nargs="*")
     parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--child", nargs=2, metavar=("ARM", "FILE"))
     args = parser.parse_args()
     if args.child:
@@ -92,7 +95,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes or list(DEPTHS)[:3]:
             reference = None
-            for arm in ARMS:
+            for arm in args.arms:
                 if time.monotonic() - begun > args.seconds:
                     rows.append({"shape": shape, "arm": arm, "error": "not started: the seconds are over"})
                     continue

@@ -13,8 +13,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from moe_accel import MoEConfig, engine
-from moe_accel.kernels import te_attention, te_fp8, te_norm, te_parts
+from moe_accel.experts.routing import sort_by_expert
+from moe_accel.kernels import te_attention, te_fp8, te_norm, te_parts, te_router, te_rows
+from moe_accel.kernels.grouped import TORCH
 from moe_accel.kernels.rms_norm import rms_norm
+from moe_accel.kernels.router import Rule, route
 from moe_accel.plugin import reports
 from tests.families import build_tiny
 from tests.gradients import both_ways, relative_error
@@ -143,6 +146,53 @@ def test_recompute_and_frozen_weights_change_no_bit_in_fp8():
     only = both_ways(lambda w: te_fp8.linear(x, w, None), (weight,), gradient)
     for found, expected in ((again, plain), (frozen, plain[:2]), (only, [plain[0], plain[2]])):
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+RULES = {
+    "softmax": Rule(8, renormalise=True),
+    "of all": Rule(8, scale=0.5),
+    "sigmoid": Rule(8, sigmoid=True, renormalise=True, scale=2.5, epsilon=1e-20),
+    "groups": Rule(8, sigmoid=True, renormalise=True, scale=2.5, epsilon=1e-20, num_groups=8, top_groups=4),
+}
+
+
+@pytest.mark.parametrize("num_experts", [64, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_router_gives_each_expert_what_ours_gives(rule, dtype, num_experts):
+    assert te_router.takes(rule)
+    torch.manual_seed(0)
+    logits, bias = (
+        randn(500, num_experts, dtype=dtype),
+        torch.rand(num_experts, device=DEVICE) if rule.sigmoid else None,
+    )
+    gradient, found = randn(500, num_experts, dtype=torch.float32), []
+    for function in (route, te_router.route):
+        leaf = logits.clone().requires_grad_()
+        weights, chosen = function(leaf, bias, rule, torch.float32)
+        whole = torch.zeros_like(leaf, dtype=torch.float32).scatter(1, chosen, weights)
+        found.append((whole, *torch.autograd.grad(whole, leaf, gradient)))
+    (one, one_gradient), (other, other_gradient) = found
+    same = ((one != 0) == (other != 0)).all(1)  # of near-equal scores either may be chosen
+    assert same.float().mean() > (0.9 if dtype == BF16 else 0.99)
+    assert relative_error(other[same], one[same]) < 1e-5
+    assert relative_error(other_gradient[same], one_gradient[same]) < (1e-2 if dtype == BF16 else 1e-5)
+
+
+@pytest.mark.parametrize("hidden", [2048, 2880, 7168])
+@pytest.mark.parametrize("elsewhere", [0.0, 0.5])
+def test_rows_are_copied_and_summed_as_by_ours(hidden, elsewhere):
+    torch.manual_seed(0)
+    choices = torch.rand(1000, 64, device=DEVICE).topk(8).indices
+    choices = choices.masked_fill(torch.rand(choices.shape, device=DEVICE) < elsewhere, -1)
+    choices[-1] = -1
+    routing = sort_by_expert(choices, 64, int((choices >= 0).sum()))
+    moving = te_rows.moving(TORCH, routing.rows, 8)
+    x = randn(1000, hidden)
+    copies = moving.gather(x, routing.rows)
+    assert torch.equal(copies, TORCH.gather(x, routing.rows))
+    of_copies = copies, routing.rows.copies, routing.rows.starts
+    assert relative_error(moving.sum_copies(*of_copies), TORCH.sum_copies(*of_copies)) < 1e-4
 
 
 def prepared(parts, precision="no"):

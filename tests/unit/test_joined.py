@@ -11,8 +11,9 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from moe_accel import MoEConfig, expert_lora_config, experts
-from moe_accel.experts import gated, joined
+from moe_accel.experts import joined
 from moe_accel.experts.joined import Joined, Projection
+from moe_accel.kernels import rows
 from moe_accel.kernels.grouped import TORCH
 from tests.families import build_tiny, experts_modules, randomise, tiny_inputs, tiny_loss
 from tests.unit.expert_adapters import adapted, assert_same, noting, prepared, training
@@ -199,7 +200,7 @@ def test_rows_of_a_joined_projection_and_of_its_transpose(transposed):
 def test_recompute_ends_before_the_second_projection(family, monkeypatch):
     """Where nothing behind the experts keeps anything."""
     counts = {"forward": 0, "sums": 0}
-    product, sum_copies = Projection.product, gated.sum_copies
+    product, sum_torch = Projection.product, rows.sum_torch
 
     def counting(self, rows, low, ends):
         counts["forward"] += 1
@@ -207,10 +208,10 @@ def test_recompute_ends_before_the_second_projection(family, monkeypatch):
 
     def counting_sums(*given):
         counts["sums"] += 1
-        return sum_copies(*given)
+        return sum_torch(*given)
 
     monkeypatch.setattr(Projection, "product", counting)
-    monkeypatch.setattr(gated, "sum_copies", counting_sums)
+    monkeypatch.setattr(rows, "sum_torch", counting_sums)
     model: Any = prepared(build_tiny(family, torch.float32).train())
     model.gradient_checkpointing_enable({"use_reentrant": False})
     loss = tiny_loss(model, tiny_inputs(family))

@@ -55,8 +55,8 @@ def test_norms_are_theirs_where_asked_for_and_kernels_are_fused_where_nothing_is
 ):
     asked = []
 
-    def install(model, device, precision, te_norms):
-        asked.append(te_norms)
+    def install(model, device, precision, of_te):
+        asked.append("norms" in of_te)
         return Choice("native", "no GPU")
 
     package.setattr(block, "install", install)
@@ -92,14 +92,14 @@ def test_prepared_a_model_has_what_was_asked_for(package, new_accelerate_state, 
     (report,) = plugin.reports(accelerator)
     assert report.kernels.value == "te"
     if dtype == "fp32":
-        assert report.notes[:2] == (FP32, NORMS)
+        assert report.notes[:2] == (FP32.replace("nothing", "nothing but routers"), NORMS)
         assert "RMSNorm" not in report.kernels.reason
         assert not CALLS
     else:
         assert "RMSNorm" in report.kernels.reason
         attends = "attention by TransformerEngine in 2 of the layers, where it is causal and without dropout"
         assert report.notes == (attends, "8 of 8 linear layers in FP8: those of 0 weights and more")
-        assert set(CALLS) >= {"TN", "NN", "NT", "bshd", "fp8 TN", "fp8 NN", "fp8 NT"}
+        assert set(CALLS) >= {"TN", "NN", "NT", "permute", "unpermute", "bshd", "fp8 TN", "fp8 NN", "fp8 NT"}
 
 
 def test_the_parts_are_those_of_the_config():
@@ -135,7 +135,10 @@ def test_what_is_chosen_is_told(package):
     chosen = plugin.choose_kernels("te", GPU, ["fp8", "norms"])
     by = "by TransformerEngine 2.20.2, all else as fused"
     assert str(chosen) == f"te (asked for: RMSNorm and large linear layers in FP8 {by})"
-    all_of_them = "grouped GEMMs of the experts, RMSNorm, attention and large linear layers in FP8"
+    all_of_them = (
+        "grouped GEMMs of the experts, permutation of tokens, router, RMSNorm, attention and large linear layers"
+    )
+    all_of_them += " in FP8"
     waits = "; waits once a layer for the experts' row counts"
     assert str(plugin.choose_kernels("te", GPU, TE_PARTS)) == f"te (asked for: {all_of_them} {by}{waits})"
 
@@ -162,6 +165,8 @@ def test_fp8_needs_a_gpu_that_has_it(package):
 @pytest.mark.parametrize(
     ("name", "module", "function"),
     [
+        ("permutation", "transformer_engine.pytorch.triton.permutation", "unpermute_with_mask_map"),
+        ("router", "transformer_engine.pytorch.router", "fused_topk_with_score_function"),
         ("norms", "transformer_engine_torch", "rmsnorm_bwd"),
         ("attention", "transformer_engine.pytorch", "DotProductAttention"),
         ("fp8", "transformer_engine.pytorch.quantized_tensor", "prepare_for_saving"),
