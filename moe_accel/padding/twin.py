@@ -134,10 +134,10 @@ def _prove(model: PreTrainedModel) -> Proof | str:
     if isinstance(twin, str):
         return twin
     beyond = _whole_beyond(model, twin)
-    why_not = _compare(twin, _batch(left=False)) or ""
+    why_not = _compare(twin, _batch(twin, left=False)) or ""
     if why_not:
         return why_not if beyond is None else Proof(why_not, left=False, packed=False, whole_beyond=beyond)
-    left, packed = (_compare(twin, batch) is None for batch in (_batch(left=True), _packed()))
+    left, packed = (_compare(twin, batch) is None for batch in (_batch(twin, left=True), _packed(twin)))
     return Proof(left=left, packed=packed, whole_beyond=beyond)
 
 
@@ -155,7 +155,7 @@ def _whole_beyond(model: PreTrainedModel, twin: PreTrainedModel) -> int | None:
     asked: set[int | None] = set()
     token = attention.windows.set(asked)
     try:
-        differs = _compare(twin, _whole()) is not None
+        differs = _compare(twin, _whole(twin)) is not None
     finally:
         attention.windows.reset(token)
     if differs or (has_sdpa and asked <= {None}):  # no layer has the window
@@ -221,9 +221,14 @@ def shrink(config: Any, num_layers: int) -> None:
             setattr(config, name, None)
 
 
-def _batch(left: bool) -> dict[str, Any]:
+def _ids(twin: PreTrainedModel, num_rows: int, length: int) -> Tensor:
+    embeddings: Any = twin.get_input_embeddings()
+    return torch.randint(1, min(SMALL["vocab_size"], len(embeddings.weight)), (num_rows, length))
+
+
+def _batch(twin: PreTrainedModel, left: bool) -> dict[str, Any]:
     longest = max(LENGTHS) + 4  # a whole column of padding
-    ids = torch.randint(1, SMALL["vocab_size"], (len(LENGTHS), longest))
+    ids = _ids(twin, len(LENGTHS), longest)
     mask = torch.zeros_like(ids)
     for row, length in enumerate(LENGTHS):
         mask[row, longest - length if left else 0 :][:length] = 1
@@ -233,14 +238,14 @@ def _batch(left: bool) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _packed() -> dict[str, Any]:
-    ids = torch.randint(1, SMALL["vocab_size"], (1, sum(LENGTHS)))
+def _packed(twin: PreTrainedModel) -> dict[str, Any]:
+    ids = _ids(twin, 1, sum(LENGTHS))
     positions = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
     return {"input_ids": ids, "position_ids": positions, "labels": ids.clone(), "use_cache": False}
 
 
-def _whole() -> dict[str, Any]:
-    ids = torch.randint(1, SMALL["vocab_size"], (len(LENGTHS), max(LENGTHS)))
+def _whole(twin: PreTrainedModel) -> dict[str, Any]:
+    ids = _ids(twin, len(LENGTHS), max(LENGTHS))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 

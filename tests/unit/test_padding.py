@@ -93,6 +93,14 @@ def test_loss_gradients_and_logits_are_those_of_the_padded_batch(family, left):
     assert ours.num_computed == [(1, sum(LENGTHS))]
 
 
+def test_a_vocabulary_of_few_letters_is_enough():
+    model, ours = pair(vocab_size=50)
+    batch = ragged()
+    batch["input_ids"] %= 50
+    batch["labels"] = batch["labels"].where(batch["labels"] < 0, batch["labels"] % 50)
+    assert_same(model, ours, batch)
+
+
 @pytest.mark.parametrize("config", [{}, {"sliding_window": 4, "use_sliding_window": True}], ids=["full", "sliding"])
 @pytest.mark.parametrize("reentrant", [False, True, None], ids=["checkpointed", "reentrant", "kept"])
 def test_recompute_attends_within_sequences_too(reentrant, config):
