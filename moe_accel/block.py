@@ -77,7 +77,9 @@ def fuse_routers(model: nn.Module, autocast: torch.dtype | None, by_te: bool = F
 
 def fuse_norm(module: Any, function: Callable[..., Tensor] = rms_norm) -> bool:
     """Let one norm compute with `rms_norm`, or another of its contract, if it is one; returns whether it does."""
-    if isinstance(module, _FusedNorm):
+    if "_moe_accel_norm" in vars(module):
+        _, *others = module._moe_accel_norm
+        module._moe_accel_norm = function, *others
         return True
     offset = None if "forward" in vars(module) else offset_of(module)
     if offset is not None:

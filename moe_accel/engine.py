@@ -44,12 +44,12 @@ def choose(model: Any, parts: Sequence[str], computed: Computed) -> tuple[list[s
     taken, said = list(parts), []
     casts = computed.precision in ("bf16", "fp16")
     weights = {each.dtype for each in model.parameters() if each.is_floating_point()}
-    if not casts and not weights.intersection(te.DTYPES):
-        nothing = "nothing but routers" if "router" in taken else "nothing"
-        said.append(f"the model is in fp32, of which TransformerEngine computes {nothing} outside of autocast")
     if computed.compiled and (left := [each for each in taken if each not in OF_EXPERTS]):
         taken = [each for each in taken if each in OF_EXPERTS]
         said.append(f"{', '.join(left)} not by TransformerEngine: torch.compile is to compile the model")
+    if not casts and not weights.intersection(te.DTYPES):
+        nothing = "nothing but routers" if "router" in taken else "nothing"
+        said.append(f"the model is in fp32, of which TransformerEngine computes {nothing} outside of autocast")
     of_norms = [getattr(each, "weight", None) for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
     wide = [each for each in of_norms if each is not None and each.dtype not in te.DTYPES]
     if "norms" in taken and wide and not (casts and computed.by_fsdp2):

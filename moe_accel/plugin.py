@@ -27,6 +27,7 @@ from moe_accel import optimizer as optimizers
 from moe_accel.dispatch import choose
 from moe_accel.errors import UnsupportedModelError
 from moe_accel.experts.gated import why_not_gated
+from moe_accel.experts.gathered import LEAST_PAIRS
 from moe_accel.hooks import wrap
 from moe_accel.kernels import te, te_parts
 from moe_accel.mesh import check_experts
@@ -182,6 +183,9 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
         experts.install(module, settings)
     beside_said = experts.compute_beside(found, model) if config.ep_size > 1 else []
     used = experts.computing(model, found)
+    gathers = of_experts == "fused" and not adapted
+    if gathers and any(experts.may_gather(module, accelerator.device) for _, module in used):
+        kernels = Choice(kernels.value, f"{kernels.reason}, which gather their rows from {LEAST_PAIRS:,} on")
     counts = list(experts.expert_parameter_counts(used))
     sizes = sorted({module.num_experts for _, module in used})
     return Report(

@@ -148,9 +148,8 @@ class _Transfer:
     def arrive_back(self) -> tuple[Tensor | None, Tensor | None]:
         rows = self._arrived()
         parts = (rows, rows) if self.layout is None else unpack(rows, self.layout)[:2]
-        copies, starts = self.plan.rows.copies, self.plan.rows.starts
         x_grad, weights_grad = (
-            sum_copies(part, copies, starts) if needed else None for part, needed in zip(parts, self.needs, strict=True)
+            sum_copies(part, self.plan.rows) if needed else None for part, needed in zip(parts, self.needs, strict=True)
         )
         return x_grad, weights_grad
 
@@ -167,7 +166,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, plan: Plan, group: Any, scale: float, keep: Any) -> Tensor:
         ctx.plan, ctx.group, ctx.scale, ctx.keep = plan, group, scale, keep
         y_s = _exchange(y, plan.receive_counts, plan.send_counts, group)
-        return sum_copies(y_s, plan.rows.copies, plan.rows.starts)
+        return sum_copies(y_s, plan.rows)
 
     @staticmethod
     @once_differentiable

@@ -5,7 +5,7 @@ from moe_accel.experts.adapters import install as install_adapters
 from moe_accel.experts.find import computing, expert_parameter_counts, find_experts, has_experts, is_decorated
 from moe_accel.experts.find_beside import compute_beside
 from moe_accel.experts.function import NAME, Settings, install, join_adapters, register, settings_of
-from moe_accel.experts.gated import why_not_gated
+from moe_accel.experts.gated import may_gather, why_not_gated
 from moe_accel.experts.weights import hidden_size, stacked_parameters
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "install_adapters",
     "is_decorated",
     "join_adapters",
+    "may_gather",
     "register",
     "settings_of",
     "stacked_parameters",

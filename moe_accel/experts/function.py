@@ -6,7 +6,7 @@ Sizes: N tokens of this rank, R rows received, H hidden, K top-k, E experts, e e
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,11 @@ class Settings:
         return _loaded, self._plain
 
     @property
+    def multiplies_by_te(self) -> bool:
+        """Whether TransformerEngine computes the grouped GEMMs."""
+        return self.kernels == "te" and "experts" in self.of_te
+
+    @property
     def _plain(self) -> tuple[Any, ...]:
         """What it is made of, in the order of the fields, up to those with a history."""
         of_ranks = self.dispatcher, self.ep_size, self.ep_rank
@@ -108,7 +113,7 @@ def join_adapters(model: nn.Module) -> None:
     """
     for module, name, rank in active_ranks(model):
         settings = settings_of(module)
-        if settings.kernels == "fused":
+        if settings.kernels != "reference" and not settings.multiplies_by_te:
             was_joined = bool(settings.joined)
             settings.apart = {name: rank}
             _join(module, settings)
@@ -208,9 +213,11 @@ def _compute(
 
 @torch.compiler.disable  # sizes of groups on the host: a compiled graph would be made anew for every batch
 def _with_te(settings: Settings, top_k: int, module: Any, x: Tensor, routing: LocalRouting, *how: Any) -> Tensor:
-    gemm = te.grouped_gemm(routing.sizes) if "experts" in settings.of_te else TORCH
+    gemm = TORCH
+    if settings.multiplies_by_te:
+        gemm, routing = te.GEMM, replace(routing, ends=routing.ends_on_host)
     if "permutation" in settings.of_te:
-        gemm = te_rows.moving(gemm, routing.rows, top_k)
+        gemm, routing = te_rows.moving(gemm), replace(routing, rows=te_rows.with_places(routing.rows, top_k))
     return fused_experts(module, x, routing, *how, gemm=gemm, dtype=settings.dtype)
 
 

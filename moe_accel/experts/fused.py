@@ -49,7 +49,7 @@ def fused_experts(
     if dtype is not None:
         x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
         up_bias, down_bias = (None if each is None else each.to(dtype) for each in (up_bias, down_bias))
-    h_ph = gather_rows(x, routing.rows)  # here by our own kernels in any case: so few experts come this way
+    h_ph = gather_rows(x, routing.rows)  # here by our own kernels in any case: so few models come this way
     u_pu = _add_bias(gemm.multiply(h_ph, up, routing.ends), up_bias, routing)
     a_pi = activate(module, _add(u_pu, _low_rank(gemm, h_ph, adapters[0], routing))).to(u_pu.dtype)
     if has_post_norm(module):  # of the unweighted output

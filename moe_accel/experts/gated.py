@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.activations import ReLUSquaredActivation
 
+from moe_accel.experts import gathered
 from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gates import find_gate
 from moe_accel.experts.gathered import gathered_experts, gathers
@@ -56,6 +57,14 @@ def why_not_gated(module: Any) -> str | None:
     if not isinstance(act_fn, ReLUSquaredActivation):
         return f"activation {getattr(act_fn, '__name__', type(act_fn).__name__)} without a gate"
     return None
+
+
+def may_gather(module: Any, device: torch.device) -> bool:
+    """Whether `gathered.py` computes a module's experts where there are many rows; not with adapters."""
+    if why_not_gated(module) is not None or not module.has_gate or module.has_bias or find_gate(module) != SWIGLU:
+        return False
+    _, hidden, inner = module.down_proj.shape
+    return not module.is_transposed and gathered.may_gather(device, hidden, inner)
 
 
 def gated_experts(
@@ -138,6 +147,7 @@ class _Inner(torch.autograd.Function):
         sources,
         copies,
         starts,
+        row_places,
         joined,
         gate,
         lean,
@@ -147,7 +157,7 @@ class _Inner(torch.autograd.Function):
         ctx.joined, ctx.gate, ctx.gemm = joined, gate, gemm
         # `down` is not multiplied by here: its shape says what there is room for
         to_u, to_y = _projections(up.to(x.dtype), down, (up_a, up_b), (down_a, down_b), joined, gemm)
-        rows = gemm.gather(x, RowMap(sources, copies, starts), to_u.tail)
+        rows = gemm.gather(x, RowMap(sources, copies, starts, row_places), to_u.tail)
         up_low = to_u.low(rows, ends)
         u, u_more = to_u.product(rows, up_low, ends)
         del rows
@@ -157,7 +167,7 @@ class _Inner(torch.autograd.Function):
         up_a, up_b = (up_a, up_b) if joined[0] is None else (None, None)  # in backward as in `_projections`
         down_a, down_b = (down_a, down_b) if joined[1] is None else (None, None)
         factors = up_a, up_b, up_low, down_a, down_b, down_low
-        places = ends, experts, sources, copies, starts
+        places = ends, experts, sources, copies, starts, row_places
         ctx.save_for_backward(x, up, down, weight_p, None if lean else u, *factors, up_bias, down_bias, *places)
         ctx.mark_non_differentiable(*(each for each in (a, down_low) if each is not None))
         return a, down_low, x.new_empty(1, 1).expand(len(x), down.shape[2])
@@ -167,7 +177,7 @@ class _Inner(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = gradients[2]
         if gradient is None:
-            return (None,) * 19
+            return (None,) * 20
         x, up, down, weight_p, u, up_a, up_b, up_low, down_a, down_b, down_low, *rest = ctx.saved_tensors
         up_bias, down_bias, ends, experts, *of_rows = rest
         places = RowMap(*of_rows)
@@ -205,7 +215,7 @@ class _Inner(torch.autograd.Function):
         x_grad = None
         if needs_x:
             pair_grad, pair_grad_more = of_u.product(u_grad, up_low_grad, ends)
-            x_grad = gemm.sum_copies(pair_grad, places.copies, places.starts, pair_grad_more)
+            x_grad = gemm.sum_copies(pair_grad, places, pair_grad_more)
             del pair_grad, pair_grad_more
         u_grad = u_grad[:, : up.shape[2]]
         if rows is None and (needs_up or needs_factors[0]):
@@ -229,7 +239,7 @@ class _Inner(torch.autograd.Function):
             of_pairs = of_all.index_select(0, places.sources * len(down_bias) + experts)
             weight_grad = weight_grad + of_pairs.to(weight_grad.dtype)
         found = x_grad, up_grad, down_grad, weight_grad if needs_weight else None
-        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 9
+        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 10
 
 
 class _Outer(torch.autograd.Function):
@@ -251,12 +261,13 @@ class _Outer(torch.autograd.Function):
         sources,
         copies,
         starts,
+        row_places,
         joined,
         gemm,
     ) -> Tensor:
         whole = None if joined is None else joined[0].whole
         y, y_more = Projection(gemm, down.to(a.dtype), down_a, down_b, whole).product(a, down_low, ends)
-        y = gemm.sum_copies(y, copies, starts, y_more)
+        y = gemm.sum_copies(y, RowMap(sources, copies, starts, row_places), y_more)
         if down_bias is None:
             return y
         return torch.addmm(y, _weight_of_experts(weight_p, carrier, down_bias, experts, sources), down_bias.to(y.dtype))
@@ -264,7 +275,7 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], *(None,) * 14
+        return gradients[0], *(None,) * 15
 
 
 def _projections(

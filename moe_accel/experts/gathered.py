@@ -5,9 +5,9 @@ The same function as in `gated.py`, of the same two halves, with the same things
 and the routing. For experts with SwiGLU, without biases and adapters, in the layout of Hugging Face, on sm_90 with
 Triton 3.6. It pays where experts are small, so that what is around their products counts (`kernels/gathering.py`,
 `kernels/gluon.py`): one H100, 16,384 tokens, forward and backward of all experts of a layer of qwen3-30b-a3b 7.74 to
-6.63 ms (random routing), 8.08 to 6.94 (Zipf), a whole step of 8 layers 212.7 to 199.9. Kernels put one after the other:
-mixtral-8x7b 56.8 to 55.4, deepseek-v3 57.4 to 57.1. QuACK 0.3.11, whose GEMMs gather too: 7.28 and 7.85 where these
-took 7.19 and 7.75, mixtral-8x7b 54.6.
+6.63 ms (random routing), 8.08 to 6.94 (Zipf), a whole step of 8 layers 212.7 to 199.9 (2026-11-26). Kernels put one
+after the other: mixtral-8x7b 56.8 to 55.4, deepseek-v3 57.4 to 57.1. QuACK 0.3.11, whose GEMMs gather too: 7.28 and
+7.85 where these took 7.19 and 7.75, mixtral-8x7b 54.6.
 
 Sizes: R rows, H hidden, e local experts, P sorted pairs, I inner.
 """
@@ -24,24 +24,31 @@ from moe_accel.kernels.device import IS_TRITON_36, capability
 from moe_accel.kernels.gathering import Tiles, down_glu_backward, find_tiles, fits, up_glu
 from moe_accel.kernels.gluon import multiply
 from moe_accel.kernels.gluon_outer import outer_of_gathered
-from moe_accel.kernels.rows import sum_copies
+from moe_accel.kernels.rows import RowMap, sum_copies
 
 IS_ON = os.environ.get("MOE_ACCEL_GATHERING") != "0"
-"""What to compare with, and the way out should a GPU ever need one."""
+"""Off with `MOE_ACCEL_GATHERING=0`: to compare, and a way out should a GPU ever need one."""
 MOST_INNER, LEAST_PAIRS = 1024, 65_536
-"""Where it pays: I at most, and P at least: the host takes longer to start these kernels (0.2 to 0.7 ms a layer both
-ways). Four H200, ep_size 4, 32,768 pairs a GPU, NO_WRAP: 278 and 293 ms a step with them, 258 and 260 without."""
+"""Where it pays: I at most, and P at least: the host takes 0.3 to 0.7 ms longer to start these kernels for a layer
+both ways. Four H200, ep_size 4, 32,768 pairs a GPU, NO_WRAP, 2026-11-26: 278 and 293 ms a step with them, 258 and 260
+without."""
+
+
+def may_gather(device: torch.device, hidden: int, inner: int) -> bool:
+    """Whether experts of these sizes with SwiGLU are for the kernels here, on this device, given `LEAST_PAIRS`."""
+    is_hopper = IS_ON and IS_TRITON_36 and device.type == "cuda" and capability(device)[0] == 9
+    return is_hopper and inner <= MOST_INNER and fits(hidden, inner)
 
 
 def gathers(x: Tensor, up: Tensor, down: Tensor, num_pairs: int) -> bool:
     """Whether these are for the kernels here, and gain: x [R,H] as it is multiplied, up [e,H,2I], down [e,I,H]."""
-    if not (IS_ON and IS_TRITON_36 and x.is_cuda and x.dtype == torch.bfloat16) or torch.compiler.is_compiling():
-        return False
     inner, hidden = down.shape[1:]
-    pays = inner <= MOST_INNER and num_pairs >= LEAST_PAIRS
+    pays = num_pairs >= LEAST_PAIRS and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    if not pays or not may_gather(x.device, hidden, inner):
+        return False
     is_stacked = up.transpose(1, 2).is_contiguous() and down.transpose(1, 2).is_contiguous()
     is_aligned = not any(each.data_ptr() % 16 for each in (up, down))  # TMA wants it
-    return pays and fits(hidden, inner) and is_stacked and is_aligned and capability(x.device)[0] == 9
+    return is_stacked and is_aligned
 
 
 def gathered_experts(
@@ -99,7 +106,7 @@ class _Inner(torch.autograd.Function):
             down_grad = outer_of_gathered(gradient, a, sources, tiles, is_left=True).transpose(1, 2).to(down.dtype)
         del a
         if needs_x:
-            x_grad = sum_copies(multiply(u_grad, up_, tiles), copies, starts)
+            x_grad = sum_copies(multiply(u_grad, up_, tiles), RowMap(sources, copies, starts))
         if needs_up:
             up_grad = outer_of_gathered(u_grad, x, sources, tiles, is_left=False).transpose(1, 2).to(up.dtype)
         return x_grad, up_grad, down_grad, weight_grad if needs_weight else None, *(None,) * 8
@@ -110,7 +117,7 @@ class _Outer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, carrier, a, down, sources, copies, starts, *tiles: Tensor) -> Tensor:
-        return sum_copies(multiply(a, down.to(a.dtype), Tiles(*tiles)), copies, starts)
+        return sum_copies(multiply(a, down.to(a.dtype), Tiles(*tiles)), RowMap(sources, copies, starts))
 
     @staticmethod
     @once_differentiable

@@ -33,11 +33,12 @@ _proven: dict[Any, tuple[Proof | None, Any]] = {}
 def fuse_router(module: nn.Module, function: Any = None) -> Proof | None:
     """Let one router compute with the kernels, or another `function` of their contract, if it does what they do;
     returns what that is."""
-    if proof_of(module) is None and "forward" not in vars(module):
+    proof = proof_of(module)
+    if proof is None and "forward" not in vars(module):
         proof = prove(module)
-        if proof is not None:
-            install(module, proof, function)
-    return proof_of(module)
+    if proof is not None:
+        install(module, proof, function)
+    return proof
 
 
 def prove(module: nn.Module) -> Proof | None:

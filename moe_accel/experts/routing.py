@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_accel.kernels.grouped import group_sizes
 from moe_accel.kernels.rows import RowMap
 from moe_accel.kernels.sort import sort_pairs
 
@@ -37,9 +36,9 @@ class LocalRouting:
         return self.ends.diff(prepend=self.ends.new_zeros(1)).long()
 
     @cached_property
-    def sizes(self) -> list[int]:
-        """Pairs of each expert as the host knows them: the first time it waits for the device."""
-        return group_sizes(self.ends)
+    def ends_on_host(self) -> Tensor:
+        """`ends` as the host knows them: the first time it waits for the device."""
+        return self.ends.cpu()
 
 
 def sort_by_expert(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> LocalRouting:

@@ -18,22 +18,24 @@ from moe_accel.kernels.more import with_tail
 
 
 class RowMap(NamedTuple):
-    """Which source row each copy comes from, and the same by source row. All int64, on the rows' device.
+    """Which source row each copy comes from, and the same by source row. On the rows' device; all but the last int64.
 
     Attributes:
         sources: [P] source row of each copy.
         copies: [P] the copies, ordered by source row.
         starts: [N] where each source row's copies begin in `copies`.
+        places: the same once more for who else moves rows (`te_rows.py`); None where nobody asked for it.
     """
 
     sources: Tensor
     copies: Tensor
     starts: Tensor
+    places: Tensor | None = None
 
 
 def gather_rows(x: Tensor, rows: RowMap) -> Tensor:
     """Copy rows: x [N,H] -> [P,H], `x[rows.sources]`. Differentiable once, in x."""
-    return _Rows.apply(x, *rows, True)  # pyright: ignore[reportReturnType]
+    return _Rows.apply(x, *rows[:3], True)  # pyright: ignore[reportReturnType]
 
 
 def sum_rows(y: Tensor, rows: RowMap, y_more: Tensor | None = None) -> Tensor:
@@ -41,7 +43,7 @@ def sum_rows(y: Tensor, rows: RowMap, y_more: Tensor | None = None) -> Tensor:
 
     y_more [P,H] is added in the sum, before it is rounded.
     """
-    return _Rows.apply(y, *rows, False, y_more)  # pyright: ignore[reportReturnType]
+    return _Rows.apply(y, *rows[:3], False, y_more)  # pyright: ignore[reportReturnType]
 
 
 class _Rows(torch.autograd.Function):
@@ -52,13 +54,13 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_backward(sources, copies, starts)
         ctx.is_gather, ctx.has_more = is_gather, more is not None
         rows = RowMap(sources, copies, starts)
-        return gather(values, rows) if is_gather else sum_copies(values, copies, starts, more)
+        return gather(values, rows) if is_gather else sum_copies(values, rows, more)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), rows = gradients, RowMap(*ctx.saved_tensors)
-        gradient = sum_copies(gradient, rows.copies, rows.starts) if ctx.is_gather else gather(gradient, rows)
+        gradient = sum_copies(gradient, rows) if ctx.is_gather else gather(gradient, rows)
         return gradient, None, None, None, None, gradient if ctx.has_more else None
 
 
@@ -70,11 +72,11 @@ def gather(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
     return with_tail(copied, tail)
 
 
-def sum_copies(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | None = None) -> Tensor:
+def sum_copies(values: Tensor, rows: RowMap, more: Tensor | None = None) -> Tensor:
     """values [P,H] -> [N,H], as `sum_torch`. Not differentiable: see `sum_rows`."""
     if use_triton(values):
-        return sum_triton(_with_whole_rows(values), copies, starts, more)
-    return sum_torch(values.contiguous(), copies, starts, more)
+        return sum_triton(_with_whole_rows(values), rows.copies, rows.starts, more)
+    return sum_torch(values.contiguous(), rows.copies, rows.starts, more)
 
 
 def _with_whole_rows(values: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ Taken under `kernels: te` alone, as are the other `te_*.py`. Read in its source,
 
 - `general_grouped_gemm` takes lists of matrices and computes, for each pair, B @ A.T in layout TN, B @ A in NN and
   B.T @ A in NT. It reads data pointers and shapes: a matrix that is not contiguous would be read as if it were.
-- It wants the sizes of the groups as Python ints, so the host waits for them: once in each forward of a layer, and
-  once more where that is recomputed with new routing. Backward uses those of its forward.
+- It wants the sizes of the groups as Python ints. `ends` may be on the host here: then who calls has waited for them
+  once, in each forward of a layer and where that is recomputed with new routing. They are saved for backward like
+  all other tensors, so that a recompute brings its own.
 - Of an empty group it skips the product, and fills the gradient of its matrix with zeros.
 - fp32 would be multiplied in TF32, so only 16-bit floats are given to it; all else goes the way of `grouped.py`.
 - On Hopper, NVTE_USE_CUTLASS_GROUPED_GEMM=1 makes it one kernel where the size that is summed over is a multiple of 128
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_accel.kernels.device import capability
-from moe_accel.kernels.grouped import GroupedGemm, grouped_mm, grouped_mm_by_group, grouped_outer
+from moe_accel.kernels.grouped import GroupedGemm, group_sizes, grouped_mm, grouped_mm_by_group, grouped_outer
 
 CUTLASS = "NVTE_USE_CUTLASS_GROUPED_GEMM"
 INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.17'"
@@ -97,44 +98,42 @@ def version() -> str:
         return ""
 
 
-def grouped_gemm(sizes: list[int]) -> GroupedGemm:
-    """The products of groups of these many rows; `ends` of each call say the same."""
-    return GroupedGemm(functools.partial(multiply, sizes=sizes), functools.partial(outer, sizes=sizes))
-
-
-def multiply(rows: Tensor, matrices: Tensor, ends: Tensor, sizes: list[int]) -> Tensor:
+def multiply(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """`grouped.grouped_mm`: rows [P,A], matrices [e,A,B] -> [P,B], differentiable once in both."""
     if not _takes(rows, matrices.shape[2]):
         return grouped_mm(rows, matrices, ends)
     if torch.is_grad_enabled() and (rows.requires_grad or matrices.requires_grad):
-        return _Multiply.apply(rows, matrices, sizes)  # pyright: ignore[reportReturnType]
-    return _multiply(rows, matrices, sizes)
+        return _Multiply.apply(rows, matrices, ends)  # pyright: ignore[reportReturnType]
+    return _multiply(rows, matrices, group_sizes(ends))
 
 
-def outer(rows: Tensor, others: Tensor, ends: Tensor, sizes: list[int]) -> Tensor:
+def outer(rows: Tensor, others: Tensor, ends: Tensor) -> Tensor:
     """`grouped.grouped_outer`: rows [P,A], others [P,B] -> [e,A,B]. Not differentiable."""
     if not _takes(rows, others.shape[1]):
         return grouped_outer(rows, others, ends)
-    return _outer(rows, others, sizes)
+    return _outer(rows, others, group_sizes(ends))
+
+
+GEMM = GroupedGemm(multiply, outer)
 
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, matrices: Tensor, sizes: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, matrices)
-        ctx.sizes = sizes
-        return _multiply(rows, matrices, sizes)
+    def forward(ctx: Any, rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, matrices, ends)
+        return _multiply(rows, matrices, group_sizes(ends))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (rows, matrices), (gradient,) = ctx.saved_tensors, gradients
-        rows_grad = _multiply(gradient, matrices.transpose(1, 2), ctx.sizes) if ctx.needs_input_grad[0] else None
+        (rows, matrices, ends), (gradient,) = ctx.saved_tensors, gradients
+        sizes = group_sizes(ends)
+        rows_grad = _multiply(gradient, matrices.transpose(1, 2), sizes) if ctx.needs_input_grad[0] else None
         matrices_grad = None
         if ctx.needs_input_grad[1]:  # in the strides of the matrices, so that nobody copies it
             straight = matrices.stride(-1) == 1
             pair = (rows, gradient) if straight else (gradient, rows)
-            matrices_grad = _outer(*pair, ctx.sizes)
+            matrices_grad = _outer(*pair, sizes)
             matrices_grad = matrices_grad if straight else matrices_grad.transpose(1, 2)
         return rows_grad, matrices_grad, None
 
@@ -217,7 +216,7 @@ def tried(device: torch.device) -> str | None:
     rows, matrices = (each.to(device, torch.bfloat16) for each in (rows, matrices))
     ends = torch.tensor([5, 16], dtype=torch.int32, device=device)
     exact = [grouped_mm_by_group(rows.float(), matrices.float(), ends)]
-    return off("general_grouped_gemm", lambda: [multiply(rows, matrices, ends, [5, 11])], exact)
+    return off("general_grouped_gemm", lambda: [multiply(rows, matrices, ends)], exact)
 
 
 def off(name: str, compute: Callable[[], Sequence[Tensor]], exact: Sequence[Tensor], most: float = 0.01) -> str | None:

@@ -7,7 +7,6 @@ Sizes: N tokens, B rows, T tokens of a row, Q query heads, K key/value heads, D 
 """
 
 import functools
-import inspect
 import sys
 from typing import Any
 
@@ -126,10 +125,7 @@ def _kind() -> Any:
 
 def lookup() -> str | None:
     """What its attention of this version does not take; None where it takes all that it is given here."""
-    missing = sorted(_TAKES - set(inspect.signature(_kind().forward).parameters))
-    return (
-        f"DotProductAttention of transformer_engine {te.version()} takes no {', '.join(missing)}" if missing else None
-    )
+    return te.missing("DotProductAttention", _kind().forward, _TAKES)
 
 
 def tried(device: torch.device) -> str | None:

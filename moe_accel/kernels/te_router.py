@@ -3,8 +3,8 @@
 Taken under `kernels: te` with `router` among `te_parts`. Its `fused_topk_with_score_function` (`pytorch/router.py`,
 2.20.2) computes in fp32 and rounds its weights to the dtype of the logits, so it is given fp32. What it returns is a
 dense [N,E], from which the K are taken; a token's experts come in an order of its own. Sigmoids it divides by their sum
-(plus 1e-20) in any case but K = 1, and the score of a group is the sum of its K / groups best; rules that differ there
-stay ours.
+(plus 1e-20) in any case but K = 1, and the score of a group is the sum of its K / top_groups best; rules that differ
+there stay ours.
 
 Sizes: N tokens, E experts, K top-k.
 """
@@ -31,7 +31,7 @@ _TAKES = {
     "topk_indices",
 }
 MOST_EPSILON = 1e-20
-"""Added to the sum of sigmoids: nothing, as far as fp32 can tell."""
+"""What a rule may add to the sum of its sigmoids: it matters where all of them are that small."""
 
 
 def route(logits: Tensor, bias: Tensor | None, rule: Rule, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

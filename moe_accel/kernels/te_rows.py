@@ -10,6 +10,7 @@ Sizes: N source rows, P copies, K copies of a row at most, H columns.
 """
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,22 +21,18 @@ from moe_accel.kernels import te
 from moe_accel.kernels.grouped import GroupedGemm
 from moe_accel.kernels.rows import RowMap
 
-_PERMUTES = {"inp", "row_id_map", "probs", "scale", "pad_offsets", "num_tokens", "num_experts", "num_out_tokens"}
-_PERMUTES |= {"hidden_size", "scale_hidden_dim"}
-_UNPERMUTES = {"inp", "row_id_map", "merging_probs", "permuted_probs", "pad_offsets", "num_tokens", "num_experts"}
-_UNPERMUTES |= {"hidden_size"}
+_OF_BOTH = {"inp", "row_id_map", "pad_offsets", "num_tokens", "num_experts", "hidden_size"}
+_PERMUTES = _OF_BOTH | {"probs", "scale", "num_out_tokens", "scale_hidden_dim"}
+_UNPERMUTES = _OF_BOTH | {"merging_probs", "permuted_probs"}
 
 
-def moving(gemm: GroupedGemm, rows: RowMap, top_k: int) -> GroupedGemm:
-    """Grouped GEMMs whose rows TransformerEngine brings, for the rows of this map, each with `top_k` copies at most."""
-    places = place_map(rows, top_k)
-    return gemm._replace(
-        gather=functools.partial(gather, places=places), sum_copies=functools.partial(sum_copies, places=places)
-    )
+def moving(gemm: GroupedGemm) -> GroupedGemm:
+    """Grouped GEMMs whose rows TransformerEngine brings, where their maps are `with_places`."""
+    return gemm._replace(gather=gather, sum_copies=sum_copies)
 
 
-def place_map(rows: RowMap, top_k: int) -> Tensor:
-    """[N,2K+1] int32, the map of TransformerEngine's kernels; see above."""
+def with_places(rows: RowMap, top_k: int) -> RowMap:
+    """The map with [N,2K+1] int32 for TransformerEngine's kernels, see above; a row has `top_k` copies at most."""
     num_rows, num_copies = len(rows.starts), len(rows.copies)
     places = rows.starts.new_zeros(num_rows, 2 * top_k + 1, dtype=torch.int32)
     if num_copies:
@@ -43,47 +40,54 @@ def place_map(rows: RowMap, top_k: int) -> Tensor:
         places[:, :top_k] = rows.copies[at.clamp_(max=num_copies - 1)]
         places[:-1, -1] = rows.starts.diff()
         places[-1, -1] = num_copies - rows.starts[-1]
-    return places
+    return rows._replace(places=places)
 
 
-def gather(values: Tensor, rows: RowMap, tail: int = 0, *, places: Tensor) -> Tensor:
+def gather(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
     """`rows.gather`: values [N,H] -> [P,H]; with room for more it is ours."""
-    if tail or not _takes(values) or not len(rows.sources):
+    if tail or rows.places is None or not _takes(values) or not len(rows.sources):
         return ours.gather(values, rows, tail)
-    (num_rows, width), (permute, _) = values.shape, _functions()
-    return permute(
-        inp=values,
-        row_id_map=places,
-        probs=None,
-        scale=None,
-        pad_offsets=None,
-        num_tokens=num_rows,
-        num_experts=places.shape[1] // 2,
-        num_out_tokens=len(rows.sources),
-        hidden_size=width,
-        scale_hidden_dim=None,
-    )[0]
+    permute, _ = _functions()
+    with _on_device_of(values):
+        return permute(
+            inp=values,
+            row_id_map=rows.places,
+            probs=None,
+            scale=None,
+            pad_offsets=None,
+            num_tokens=len(values),
+            num_experts=rows.places.shape[1] // 2,
+            num_out_tokens=len(rows.sources),
+            hidden_size=values.shape[1],
+            scale_hidden_dim=None,
+        )[0]
 
 
-def sum_copies(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | None = None, *, places: Tensor) -> Tensor:
+def sum_copies(values: Tensor, rows: RowMap, more: Tensor | None = None) -> Tensor:
     """`rows.sum_copies`: values [P,H] -> [N,H]; with more to add it is ours."""
-    if more is not None or not _takes(values):
-        return ours.sum_copies(values, copies, starts, more)
+    if more is not None or rows.places is None or not _takes(values):
+        return ours.sum_copies(values, rows, more)
     _, unpermute = _functions()
-    return unpermute(
-        inp=values,
-        row_id_map=places,
-        merging_probs=None,
-        permuted_probs=None,
-        pad_offsets=None,
-        num_tokens=len(starts),
-        num_experts=places.shape[1] // 2,
-        hidden_size=values.shape[1],
-    )[0]
+    with _on_device_of(values):
+        return unpermute(
+            inp=values,
+            row_id_map=rows.places,
+            merging_probs=None,
+            permuted_probs=None,
+            pad_offsets=None,
+            num_tokens=len(rows.starts),
+            num_experts=rows.places.shape[1] // 2,
+            hidden_size=values.shape[1],
+        )[0]
 
 
 def _takes(values: Tensor) -> bool:
     return values.dtype in te.DTYPES and len(values) > 0 and te.on_gpu(values)
+
+
+def _on_device_of(values: Tensor) -> Any:
+    """Its results come on the current GPU, which of a model on several need not be that of the values."""
+    return torch.cuda.device(values.device) if values.is_cuda else nullcontext()
 
 
 def lookup() -> str | None:
@@ -97,12 +101,12 @@ def lookup() -> str | None:
 def tried(device: torch.device) -> str | None:
     """What is wrong with rows of which one has two copies and one has none, there and back; None if nothing is."""
     values = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-    given = RowMap(*(torch.tensor(each, device=device) for each in ([1, 0, 1], [1, 0, 2], [0, 1, 3])))
-    places = place_map(given, 2)
+    of_two = RowMap(*(torch.tensor(each, device=device) for each in ([1, 0, 1], [1, 0, 2], [0, 1, 3])))
+    given = with_places(of_two, 2)
 
     def compute() -> list[Tensor]:
-        copied = gather(values, given, places=places)
-        return [copied, sum_copies(copied, given.copies, given.starts, places=places)]
+        copied = gather(values, given)
+        return [copied, sum_copies(copied, given)]
 
     sums = values * values.new_tensor([[1], [2], [0]])
     return te.off("permute_with_mask_map", compute, [values[given.sources], sums])

@@ -222,8 +222,8 @@ def shrink(config: Any, num_layers: int) -> None:
 
 
 def _ids(twin: PreTrainedModel, num_rows: int, length: int) -> Tensor:
-    embeddings: Any = twin.get_input_embeddings()
-    return torch.randint(1, min(SMALL["vocab_size"], len(embeddings.weight)), (num_rows, length))
+    num_words = getattr(twin.config.get_text_config(), "vocab_size", None) or SMALL["vocab_size"]
+    return torch.randint(1, max(2, min(SMALL["vocab_size"], num_words)), (num_rows, length))
 
 
 def _batch(twin: PreTrainedModel, left: bool) -> dict[str, Any]:

@@ -23,9 +23,9 @@ def adapted(family="qwen3_moe", dtype=torch.float32, build=None, **options):
     return model
 
 
-def prepared(model, kernels="auto"):
+def prepared(model, **options):
     model = copy.deepcopy(model)
-    return Accelerator(parallelism_config=MoEConfig(kernels=kernels)).prepare(model)
+    return Accelerator(parallelism_config=MoEConfig(**options)).prepare(model)
 
 
 def noting(product, found):

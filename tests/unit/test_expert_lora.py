@@ -60,7 +60,7 @@ def test_fp32_adapters_of_a_bf16_model_have_fp32_gradients_as_near_to_fp64_as_pe
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_the_reference_kernels_give_the_same(family):
     model = adapted(family)
-    assert_same(training(prepared(model, "reference"), family), training(model, family))
+    assert_same(training(prepared(model, kernels="reference"), family), training(model, family))
 
 
 @pytest.mark.parametrize("targets", [["gate_up_proj"], ["down_proj"]], ids=str)

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from moe_accel import MoEConfig
+from moe_accel import MoEConfig, plugin
 from moe_accel.experts import gated, gathered
 from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gated import gated_experts
@@ -15,6 +15,9 @@ from moe_accel.kernels import gathering
 from moe_accel.kernels.glu import GELU_TANH
 from moe_accel.kernels.grouped import GroupedGemm, grouped_mm, grouped_outer
 from tests.families import build_tiny
+from tests.unit.fresh_python import python
+
+GPU = torch.device("cuda", 0)
 
 NUM_ROWS, HIDDEN, INNER, NUM_EXPERTS = 40, 16, 24, 6
 CHOICES = {
@@ -95,7 +98,7 @@ def test_between_forward_and_backward_it_keeps_x_u_and_the_routing(lean):
 class OnGpu(torch.Tensor):
     """A tensor that says it is on a GPU."""
 
-    is_cuda = True
+    is_cuda, device = True, torch.device("cuda", 0)
 
 
 def fake(*shape, dtype=torch.bfloat16):
@@ -141,9 +144,30 @@ def test_it_is_chosen_where_it_was_measured_to_pay(hopper):
     assert not chosen(**QWEN3)
 
 
-def test_it_can_be_switched_off(hopper):
-    hopper.setattr(gathered, "IS_ON", False)
-    assert not chosen(**QWEN3)
+@pytest.mark.parametrize(("variables", "is_on"), [({}, True), ({"MOE_ACCEL_GATHERING": "0"}, False)], ids=["", "0"])
+def test_it_is_on_and_can_be_switched_off(hopper, variables, is_on):
+    done = python("from moe_accel.experts import gathered; print(gathered.IS_ON)", **variables)
+    assert done.stdout == f"{is_on}\n"
+    hopper.setattr(gathered, "IS_ON", is_on)
+    assert chosen(**QWEN3) == is_on
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "told"),
+    [
+        ("qwen3_moe", {}, True),
+        ("mixtral", {"intermediate_size": 2048}, False),
+        ("qwen3_moe", {"moe_intermediate_size": 128}, False),
+        ("gpt_oss", {}, False),
+    ],
+)
+def test_the_report_says_where_rows_are_gathered(hopper, new_accelerate_state, family, sizes, told):
+    hopper.setattr(gathered, "may_gather", lambda _, *widths, own=gathered.may_gather: own(GPU, *widths))
+    width = {"intermediate_size": 256} if family == "gpt_oss" else {"moe_intermediate_size": 256}
+    accelerator = Accelerator(cpu=True, parallelism_config=MoEConfig())
+    accelerator.prepare(build_tiny(family, torch.bfloat16, hidden_size=256, **width | sizes))
+    (report,) = plugin.reports(accelerator)
+    assert ("which gather their rows from 65,536 on" in report.kernels.reason) == told
 
 
 def test_only_plain_swiglu_goes_that_way(monkeypatch):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from moe_accel import MoEConfig, expert_lora_config, experts
 from moe_accel.experts import joined
 from moe_accel.experts.joined import Joined, Projection
-from moe_accel.kernels import rows
+from moe_accel.kernels import rows, te_parts
 from moe_accel.kernels.grouped import TORCH
 from tests.families import build_tiny, experts_modules, randomise, tiny_inputs, tiny_loss
 from tests.unit.expert_adapters import adapted, assert_same, noting, prepared, training
@@ -52,6 +52,16 @@ def test_losses_and_gradients_are_those_of_peft(family, checkpointing, everywher
     assert_same(training(ours, family), expected)
     assert used
     assert all(used)
+
+
+@pytest.mark.parametrize(("of_te", "joins"), [(("permutation",), True), (("experts",), False)], ids=str)
+def test_adapters_are_joined_where_torch_multiplies(of_te, joins, everywhere, package):
+    package.setattr(te_parts, "check", lambda device, names: None)
+    model = adapted()
+    expected = training(model, "qwen3_moe")
+    ours: Any = prepared(model, kernels="te", te_parts=list(of_te))
+    assert [len(each.joined) for each in settings(ours)] == [2 if joins else 0] * 2
+    assert_same(training(ours, "qwen3_moe"), expected)
 
 
 def test_lean_experts_give_the_same_bits(everywhere, used):

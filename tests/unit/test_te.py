@@ -75,7 +75,7 @@ def test_adapters_go_the_same_way(package, lean):
     factors = [torch.randn(num_experts, *shape, dtype=BF16, requires_grad=True) for shape in shapes]
     weight_p = torch.rand(NUM_TOKENS * TOP_K, requires_grad=True)
     leaves, found = [x.requires_grad_(), weight_p, *factors], []
-    for gemm in (TORCH, te.grouped_gemm(routing.sizes)):
+    for gemm in (TORCH, te.GEMM):
         how = (Factors(*factors[:2]), Factors(*factors[2:]))
         output = gated_experts(x, up, down, weight_p, routing, *how, lean=lean, gemm=gemm)
         found.append([output, *torch.autograd.grad(output.float().square().sum(), leaves)])
@@ -87,13 +87,13 @@ def test_adapters_go_the_same_way(package, lean):
 @pytest.mark.parametrize("strides", ["straight", "transposed", "every other"])
 def test_one_product_is_differentiable_in_any_strides(package, strides):
     torch.manual_seed(0)
-    ends, sizes = torch.tensor([3, 3, 16], dtype=torch.int32), [3, 0, 13]
+    ends = torch.tensor([3, 3, 16], dtype=torch.int32)
     rows, gradient = torch.randn(16, 8, dtype=BF16, requires_grad=True), torch.randn(16, 24, dtype=BF16)
     shape = {"straight": (3, 8, 24), "transposed": (3, 24, 8), "every other": (3, 8, 48)}[strides]
     stored = torch.randn(shape, dtype=BF16, requires_grad=True)
     matrices = {"straight": stored, "transposed": stored.transpose(1, 2), "every other": stored[..., ::2]}[strides]
     found = []
-    for product in (grouped_mm(rows, matrices, ends), te.multiply(rows, matrices, ends, sizes)):
+    for product in (grouped_mm(rows, matrices, ends), te.multiply(rows, matrices, ends)):
         found.append([product, *torch.autograd.grad(product, [rows, stored], gradient, retain_graph=True)])
     assert sum(CALLS.values()) == 3
     for one, other in zip(*found, strict=True):
@@ -101,11 +101,11 @@ def test_one_product_is_differentiable_in_any_strides(package, strides):
 
 
 def test_what_is_not_for_it_goes_the_usual_way(package):
-    ends, sizes = torch.tensor([3, 16], dtype=torch.int32), [3, 13]
+    ends = torch.tensor([3, 16], dtype=torch.int32)
     for dtype, inner in ((torch.float32, 8), (BF16, 6)):
         rows, matrices = torch.randn(16, inner, dtype=dtype), torch.randn(2, inner, 8, dtype=dtype)
-        assert torch.equal(te.multiply(rows, matrices, ends, sizes), grouped_mm(rows, matrices, ends))
-        assert torch.equal(te.outer(rows, rows[:, :inner], ends, sizes), TORCH.outer(rows, rows[:, :inner], ends))
+        assert torch.equal(te.multiply(rows, matrices, ends), grouped_mm(rows, matrices, ends))
+        assert torch.equal(te.outer(rows, rows[:, :inner], ends), TORCH.outer(rows, rows[:, :inner], ends))
     assert not CALLS
 
 
