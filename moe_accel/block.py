@@ -31,14 +31,14 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _in_fused_attention: ContextVar[bool] = ContextVar("in_fused_attention", default=False)
 
 
-def install(model: nn.Module, device: torch.device, precision: str = "no", of_te: Sequence[str] = ()) -> Choice:
+def install(model: nn.Module, device: torch.device, precision: str = "no", parts: Sequence[str] = ()) -> Choice:
     """Replace the norms, rotations and routers of a model that is trained on `device`.
 
     Args:
         model: the transformers model.
         device: where it is trained.
         precision: accelerate's mixed_precision, under whose autocast forward will run.
-        of_te: what TransformerEngine is to compute, of `norms` and `router`.
+        parts: of `te_parts`: what TransformerEngine is to compute, `norms` and `router` here.
 
     Returns:
         What was done and why.
@@ -46,9 +46,9 @@ def install(model: nn.Module, device: torch.device, precision: str = "no", of_te
     if device.type != "cuda" or not HAS_TRITON:
         return Choice("native", f"kernels need {'triton' if device.type == 'cuda' else 'a GPU'}")
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    fused = [module for module in norms if fuse_norm(module, te_norm.rms_norm if "norms" in of_te else rms_norm)]
+    fused = [module for module in norms if fuse_norm(module, te_norm.rms_norm if "norms" in parts else rms_norm)]
     turned = fuse_rotations(model)
-    num_routed, routers = fuse_routers(model, AUTOCAST.get(precision), "router" in of_te)
+    num_routed, routers = fuse_routers(model, AUTOCAST.get(precision), "router" in parts)
     said = f"{len(fused)} of {len(norms)} norms, rotary embeddings {'too' if turned else 'of their own kind stay'}"
     return Choice("fused" if fused or turned or num_routed else "native", f"{said}, {routers}")
 

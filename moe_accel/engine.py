@@ -1,5 +1,5 @@
-"""What `te_parts` asks for beside the experts: norms, causal attention, and large linear layers in FP8, and which of it
-a model can have.
+"""Which of `te_parts` a model can have; and what is beside the experts and the rest of a block (`block.py`): causal
+attention, and large linear layers in FP8.
 
 FP8 is for attention's projections, shared experts and dense blocks. Not for the output layer, whose product is a part
 of the loss, nor for adapters. A layer keeps its parameters and their names; in evaluation it computes as before, as

@@ -280,7 +280,7 @@ def how_computed(accelerator: Accelerator, model: nn.Module) -> engine.Computed:
 
 
 def choose_rest(
-    kernels: Choice, model: nn.Module, accelerator: Accelerator, of_te: Sequence[str] = ()
+    kernels: Choice, model: nn.Module, accelerator: Accelerator, parts: Sequence[str] = ()
 ) -> dict[str, Choice]:
     """How the rest of a block, the loss of `labels=` and padding are computed, and why, as fields of the report."""
     if kernels.value == "reference":
@@ -288,7 +288,7 @@ def choose_rest(
         return {"block": native, "loss": native, "padding": Choice("computed", native.reason)}
     config: Any = accelerator.parallelism_config
     return {
-        "block": block.install(model, accelerator.device, accelerator.mixed_precision, of_te),
+        "block": block.install(model, accelerator.device, accelerator.mixed_precision, parts),
         "loss": loss.install(model, accelerator.mixed_precision),
         "padding": padding.install(model, config.padding_free, _is_compiled_by(accelerator)),
     }

@@ -28,10 +28,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.activations import ReLUSquaredActivation
 
-from moe_accel.experts import gathered
 from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gates import find_gate
-from moe_accel.experts.gathered import gathered_experts, gathers
+from moe_accel.experts.gathered import gathered_experts, gathers, suits
 from moe_accel.experts.joined import Projection
 from moe_accel.experts.routing import LocalRouting
 from moe_accel.experts.weights import has_post_norm
@@ -64,7 +63,7 @@ def may_gather(module: Any, device: torch.device) -> bool:
     if why_not_gated(module) is not None or not module.has_gate or module.has_bias or find_gate(module) != SWIGLU:
         return False
     _, hidden, inner = module.down_proj.shape
-    return not module.is_transposed and gathered.may_gather(device, hidden, inner)
+    return not module.is_transposed and suits(device, hidden, inner)
 
 
 def gated_experts(

@@ -34,7 +34,7 @@ both ways. Four H200, ep_size 4, 32,768 pairs a GPU, NO_WRAP, 2026-11-26: 278 an
 without."""
 
 
-def may_gather(device: torch.device, hidden: int, inner: int) -> bool:
+def suits(device: torch.device, hidden: int, inner: int) -> bool:
     """Whether experts of these sizes with SwiGLU are for the kernels here, on this device, given `LEAST_PAIRS`."""
     is_hopper = IS_ON and IS_TRITON_36 and device.type == "cuda" and capability(device)[0] == 9
     return is_hopper and inner <= MOST_INNER and fits(hidden, inner)
@@ -44,7 +44,7 @@ def gathers(x: Tensor, up: Tensor, down: Tensor, num_pairs: int) -> bool:
     """Whether these are for the kernels here, and gain: x [R,H] as it is multiplied, up [e,H,2I], down [e,I,H]."""
     inner, hidden = down.shape[1:]
     pays = num_pairs >= LEAST_PAIRS and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    if not pays or not may_gather(x.device, hidden, inner):
+    if not pays or not suits(x.device, hidden, inner):
         return False
     is_stacked = up.transpose(1, 2).is_contiguous() and down.transpose(1, 2).is_contiguous()
     is_aligned = not any(each.data_ptr() % 16 for each in (up, down))  # TMA wants it

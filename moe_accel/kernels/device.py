@@ -72,9 +72,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 def launch_described(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`launch` of a kernel that some tensors are described to, for TMA: by Triton, which makes the descriptors."""
-    first = args[0]
-    with torch.cuda.device(first.get_device()) if first.is_cuda else nullcontext():
+    with on_device_of(args[0]):
         kernel[grid](*args, **constants)
+
+
+def on_device_of(values: Tensor) -> Any:
+    """A block in which their GPU is the current one, which of a model on several it need not be."""
+    return torch.cuda.device(values.get_device()) if values.is_cuda else nullcontext()
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:

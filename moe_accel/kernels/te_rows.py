@@ -10,7 +10,6 @@ Sizes: N source rows, P copies, K copies of a row at most, H columns.
 """
 
 import functools
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from moe_accel.kernels import rows as ours
 from moe_accel.kernels import te
+from moe_accel.kernels.device import on_device_of
 from moe_accel.kernels.grouped import GroupedGemm
 from moe_accel.kernels.rows import RowMap
 
@@ -48,19 +48,9 @@ def gather(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
     if tail or rows.places is None or not _takes(values) or not len(rows.sources):
         return ours.gather(values, rows, tail)
     permute, _ = _functions()
-    with _on_device_of(values):
-        return permute(
-            inp=values,
-            row_id_map=rows.places,
-            probs=None,
-            scale=None,
-            pad_offsets=None,
-            num_tokens=len(values),
-            num_experts=rows.places.shape[1] // 2,
-            num_out_tokens=len(rows.sources),
-            hidden_size=values.shape[1],
-            scale_hidden_dim=None,
-        )[0]
+    return _moved(
+        permute, values, rows, probs=None, scale=None, num_out_tokens=len(rows.sources), scale_hidden_dim=None
+    )
 
 
 def sum_copies(values: Tensor, rows: RowMap, more: Tensor | None = None) -> Tensor:
@@ -68,26 +58,26 @@ def sum_copies(values: Tensor, rows: RowMap, more: Tensor | None = None) -> Tens
     if more is not None or rows.places is None or not _takes(values):
         return ours.sum_copies(values, rows, more)
     _, unpermute = _functions()
-    with _on_device_of(values):
-        return unpermute(
+    return _moved(unpermute, values, rows, merging_probs=None, permuted_probs=None)
+
+
+def _moved(function: Any, values: Tensor, rows: RowMap, **own: Any) -> Tensor:
+    """What one of the two makes of values; `own`: the arguments that the other does not have."""
+    places: Any = rows.places
+    with on_device_of(values):  # its results come on the current GPU
+        return function(
             inp=values,
-            row_id_map=rows.places,
-            merging_probs=None,
-            permuted_probs=None,
+            row_id_map=places,
             pad_offsets=None,
             num_tokens=len(rows.starts),
-            num_experts=rows.places.shape[1] // 2,
+            num_experts=places.shape[1] // 2,
             hidden_size=values.shape[1],
+            **own,
         )[0]
 
 
 def _takes(values: Tensor) -> bool:
     return values.dtype in te.DTYPES and len(values) > 0 and te.on_gpu(values)
-
-
-def _on_device_of(values: Tensor) -> Any:
-    """Its results come on the current GPU, which of a model on several need not be that of the values."""
-    return torch.cuda.device(values.device) if values.is_cuda else nullcontext()
 
 
 def lookup() -> str | None:

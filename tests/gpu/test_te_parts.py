@@ -20,7 +20,7 @@ from moe_accel.kernels.rms_norm import rms_norm
 from moe_accel.kernels.router import Rule, route
 from moe_accel.plugin import reports
 from tests.families import build_tiny
-from tests.gradients import both_ways, relative_error
+from tests.gradients import both_ways, by_expert, relative_error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHY_NOT = next(filter(None, (te_parts.problem(DEVICE, name) for name in te_parts.PARTS)), None)
@@ -162,17 +162,10 @@ RULES = {
 def test_a_router_gives_each_expert_what_ours_gives(rule, dtype, num_experts):
     assert te_router.takes(rule)
     torch.manual_seed(0)
-    logits, bias = (
-        randn(500, num_experts, dtype=dtype),
-        torch.rand(num_experts, device=DEVICE) if rule.sigmoid else None,
-    )
-    gradient, found = randn(500, num_experts, dtype=torch.float32), []
-    for function in (route, te_router.route):
-        leaf = logits.clone().requires_grad_()
-        weights, chosen = function(leaf, bias, rule, torch.float32)
-        whole = torch.zeros_like(leaf, dtype=torch.float32).scatter(1, chosen, weights)
-        found.append((whole, *torch.autograd.grad(whole, leaf, gradient)))
-    (one, one_gradient), (other, other_gradient) = found
+    logits, bias = randn(500, num_experts, dtype=dtype), torch.rand(num_experts, device=DEVICE)
+    given = logits, bias, rule, randn(500, num_experts, dtype=torch.float32)
+    one, one_gradient = by_expert(route, *given)
+    other, other_gradient = by_expert(te_router.route, *given)
     same = ((one != 0) == (other != 0)).all(1)  # of near-equal scores either may be chosen
     assert same.float().mean() > (0.9 if dtype == BF16 else 0.99)
     assert relative_error(other[same], one[same]) < 1e-5

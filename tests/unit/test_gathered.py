@@ -135,11 +135,10 @@ def test_it_is_chosen_where_it_was_measured_to_pay(hopper):
         {"turned": False},
     ):
         assert not chosen(**QWEN3 | other), other
-    hopper.setattr(OnGpu, "data_ptr", lambda self: 8)
-    assert not chosen(**QWEN3)
-    hopper.undo()
-    hopper.setattr(gathered, "IS_ON", True)
-    hopper.setattr(gathered, "IS_TRITON_36", True)
+    with hopper.context() as apart:
+        apart.setattr(OnGpu, "data_ptr", lambda self: 8)
+        assert not chosen(**QWEN3)
+    assert chosen(**QWEN3)
     hopper.setattr(gathered, "capability", lambda device: (10, 0))
     assert not chosen(**QWEN3)
 
@@ -162,7 +161,7 @@ def test_it_is_on_and_can_be_switched_off(hopper, variables, is_on):
     ],
 )
 def test_the_report_says_where_rows_are_gathered(hopper, new_accelerate_state, family, sizes, told):
-    hopper.setattr(gathered, "may_gather", lambda _, *widths, own=gathered.may_gather: own(GPU, *widths))
+    hopper.setattr(gated, "suits", lambda _, *widths: gathered.suits(GPU, *widths))
     width = {"intermediate_size": 256} if family == "gpt_oss" else {"moe_intermediate_size": 256}
     accelerator = Accelerator(cpu=True, parallelism_config=MoEConfig())
     accelerator.prepare(build_tiny(family, torch.bfloat16, hidden_size=256, **width | sizes))

@@ -55,8 +55,8 @@ def test_norms_are_theirs_where_asked_for_and_kernels_are_fused_where_nothing_is
 ):
     asked = []
 
-    def install(model, device, precision, of_te):
-        asked.append("norms" in of_te)
+    def install(model, device, precision, of_model):
+        asked.append("norms" in of_model)
         return Choice("native", "no GPU")
 
     package.setattr(block, "install", install)

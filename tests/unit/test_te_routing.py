@@ -17,7 +17,7 @@ from moe_accel.kernels.grouped import TORCH
 from moe_accel.kernels.router import Rule
 from tests.fake_transformer_engine import CALLS
 from tests.families import build_tiny, experts_modules
-from tests.gradients import both_ways, relative_error
+from tests.gradients import both_ways, by_expert, relative_error
 
 BF16 = torch.bfloat16
 GROUPS = {"num_groups": 4, "top_groups": 2}
@@ -36,16 +36,6 @@ OTHERS = {
 }
 
 
-def by_expert(function, logits, bias, rule, dtype=torch.float32):
-    """[N,E], zeros where a token does not go, and the gradient of the logits."""
-    leaf = logits.clone().requires_grad_()
-    weights, chosen = function(leaf, bias if rule.sigmoid else None, rule, dtype)
-    assert (weights.dtype, chosen.dtype, weights.shape) == (dtype, torch.int64, (len(logits), rule.top_k))
-    whole = torch.zeros_like(leaf, dtype=dtype).scatter(1, chosen, weights)
-    gradient = torch.linspace(-1, 1, whole.numel()).view(whole.shape).to(dtype)
-    return whole, *torch.autograd.grad(whole, leaf, gradient)
-
-
 # ---- router
 
 
@@ -54,8 +44,9 @@ def by_expert(function, logits, bias, rule, dtype=torch.float32):
 def test_a_router_gives_each_expert_what_ours_gives(package, rule, dtype):
     torch.manual_seed(0)
     logits, bias = torch.randn(20, 16).to(dtype), torch.rand(16)
-    weights, gradient = by_expert(te_router.route, logits, bias, rule)
-    expected, expected_gradient = by_expert(router.route, logits, bias, rule)
+    given = logits, bias, rule, torch.linspace(-1, 1, logits.numel()).view(logits.shape)
+    weights, gradient = by_expert(te_router.route, *given)
+    expected, expected_gradient = by_expert(router.route, *given)
     assert sum(CALLS.values()) == 1
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)  # in fp32, whatever the logits
     assert gradient.dtype == dtype
