@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.processes import FSDP2, python_path, run_ranks
+from tests.gpu.several_cases import UNWRAPPED
 
 SIZES = {"cuda": ("qwen3-30b-a3b", 4096, 12), "cpu": ("tiny", 32, 2)}
 """Shape, sequence and layers, by device."""
@@ -55,12 +56,13 @@ def main() -> None:
     failed = False
     for case in args.cases:
         kind, arm = case.split("-")
+        own = {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"} if arm in UNWRAPPED else {}
         job = {"kind": kind, "arm": arm, "gpus": args.gpus, "batch": 1, "layers": args.layers or layers}
         job |= {"shape": shape, "sequence": sequence, "warmup": WARMUP, "steps": STEPS, "device": args.device}
         job |= {"folder": str(args.out.resolve()), "checkpoint": ""}
         command = [sys.executable, "-c", f"from tests.gpu import host; host.rank({json.dumps(job)!r})"]
         with tempfile.TemporaryDirectory() as folder:
-            ended = run_ranks(command, args.gpus, environment, Path(folder), LIMIT_S)
+            ended = run_ranks(command, args.gpus, environment | own, Path(folder), LIMIT_S)
         wrong = [at for at, code in enumerate(ended.codes) if code != 0]
         failed |= bool(wrong)
         print(f"{case} ({ended.seconds} s)", ended.outputs[wrong[0] if wrong else 0], sep="\n", flush=True)

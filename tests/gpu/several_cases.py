@@ -12,6 +12,7 @@ Arms, each of which is what a user would run:
     gathered     the same with `fsdp_reshard_after_forward: false`: all but the experts stay gathered until backward
     unwrapped    the same with `fsdp_auto_wrap_policy: NO_WRAP`: all but the experts, embeddings and head in one group
     compiled     unwrapped, with accelerate's regional compilation of layers by Inductor
+    kept         alltoall with gradient checkpointing and `kept_layers: auto`: what one does where stock recomputes
     buffer       moe-accel, ep_size N, dispatcher deepep with `deep_ep.Buffer`; `elastic` with `ElasticBuffer`;
                  `elastic_unwrapped` as the name says
     stock_ram    loading only: stock with `fsdp_cpu_ram_efficient_loading`
@@ -37,6 +38,7 @@ ARMS = (
     "gathered",
     "unwrapped",
     "compiled",
+    "kept",
     "buffer",
     "elastic",
     "elastic_unwrapped",
@@ -49,6 +51,8 @@ ARMS = (
 DEEPEP = {"buffer": "buffer", "elastic": "elastic", "elastic_unwrapped": "elastic"}
 """Arms with DeepEP, and by which of its classes."""
 UNWRAPPED = ("unwrapped", "compiled", "elastic_unwrapped")
+RECOMPUTED = ("stock_recompute", "kept")
+"""Arms with gradient checkpointing."""
 NEWER = ("stock_newer", "native_ep")
 KINDS = ("parity", "full", "lora", "load")
 CHECKSUM_TOLERANCE = 1e-9
@@ -112,7 +116,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
 
     add("parity", small, "one", "alltoall")
     add("full", one, "stock", "alltoall", "ep1")
-    add("full", most, "alltoall", "stock_recompute")
+    add("full", most, "alltoall", "stock_recompute", "kept")
     add("full", one, "gathered", "unwrapped", "compiled")
     add("full", four, "stock", "alltoall", "ep1")
     add("full", one, "native_ep")
@@ -124,7 +128,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
     add("full", one, "elastic_unwrapped")
     add("lora", one, "stock", "alltoall", "ep1", "unwrapped")
     add("lora", four, "stock", "alltoall", "ep1")
-    add("full", most, "alltoall", "ep1", "stock", "native_ep")
+    add("full", most, "alltoall", "unwrapped", "ep1", "stock", "native_ep")
     add("full", one, "stock_newer")
     add("full", four, "stock_newer")
     fewer = 1

@@ -23,7 +23,7 @@ from moe_accel.bench.measure import GIB
 from moe_accel.bench.options import Case
 from moe_accel.dispatch import deepep
 from moe_accel.ranks import gather
-from tests.gpu.several_cases import DEEPEP, is_mixed
+from tests.gpu.several_cases import DEEPEP, RECOMPUTED, is_mixed
 
 
 class Skip(Exception):
@@ -122,7 +122,7 @@ def build(job: Job, device: torch.device) -> tuple[Case, Any]:
     suite = "lora" if job.kind == "lora" else "full"
     case = Case(suite, job.shape, "random", job.layers, job.batch * job.sequence, job.sequence)
     dtype = torch.bfloat16 if device.type == "cuda" and not is_mixed(job.arm) else torch.float32
-    return case, suites.build(case, device, dtype, 16, checkpointing=job.arm == "stock_recompute")
+    return case, suites.build(case, device, dtype, 16, checkpointing=job.arm in RECOMPUTED)
 
 
 def own_device(job: Job) -> torch.device:
@@ -198,7 +198,8 @@ def accelerator_of(job: Job) -> Any:
         accelerator = Accelerator(mixed_precision=precision)
     else:
         dispatcher = "deepep" if job.arm in DEEPEP else "alltoall"
-        config = MoEConfig(ep_size=1 if job.arm == "ep1" else job.gpus, dispatcher=dispatcher)
+        kept = "auto" if job.arm == "kept" else 0
+        config = MoEConfig(ep_size=1 if job.arm == "ep1" else job.gpus, dispatcher=dispatcher, kept_layers=kept)
         accelerator = Accelerator(mixed_precision=precision, parallelism_config=config)
     if job.gpus > 1 and not (accelerator.is_fsdp2 and accelerator.num_processes == job.gpus):
         raise RuntimeError(f"not FSDP2 on {job.gpus} ranks: {accelerator.distributed_type}")
