@@ -84,15 +84,18 @@ def _step_large(
     largest: list[Tensor],
     steps: list[Tensor],
 ) -> bool:
-    """Update large parameters, and take them from the lists; whether there are any. `largest` is empty here."""
-    taken: dict[torch.device, list[tuple[list[Tensor], Tensor]]] = {}
-    left = []
-    for at, each in enumerate(zip(parameters, gradients, firsts, seconds, strict=True)):
-        tensors = _local(each)
-        if tensors is None:
-            left.append(at)
+    """Update large parameters, and take them from the lists; whether there are any. `largest` is empty here.
+
+    What is left is left as this rank's parts: torch takes milliseconds to find those of some hundred DTensors.
+    """
+    taken: dict[torch.device, list[tuple[tuple[Tensor, ...], Tensor]]] = {}
+    left: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, Tensor]] = []
+    for *each, number in zip(parameters, gradients, firsts, seconds, steps, strict=True):
+        tensors = _local(tuple(each))
+        if tensors is not None and _is_large(tensors):
+            taken.setdefault(tensors[0].device, []).append((tensors, number))
         else:
-            taken.setdefault(tensors[0].device, []).append((tensors, steps[at]))
+            left.append((tuple(each), tensors, number))
     how = adam.Adam(
         *(float(each) for each in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])),
         decoupled=group["decoupled_weight_decay"],
@@ -104,28 +107,35 @@ def _step_large(
         for (tensors, _), correction in zip(of_device, adam.corrections(numbers, how), strict=True):
             parameter, gradient, first, second = tensors
             adam.step(parameter, gradient, first, second, correction, how)
-    for values in (parameters, gradients, firsts, seconds, steps):
-        values[:] = [values[at] for at in left]
+    steps[:] = [number for *_, number in left]
+    local = [tensors for _, tensors, _ in left if tensors is not None]
+    rest = local if len(local) == len(left) else [tensors for tensors, _, _ in left]  # torch takes no mixture
+    for at, values in enumerate((parameters, gradients, firsts, seconds)):
+        values[:] = [tensors[at] for tensors in rest]
     return bool(taken)
 
 
-def _local(tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
-    """This rank's part of a parameter, its gradient and moments; None where torch is to update them."""
+def _local(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """This rank's part of a parameter, its gradient and moments; None where they are spread in different ways."""
     first = tensors[0]
-    if isinstance(first, DTensor):
-        if not all(isinstance(each, DTensor) and each.placements == first.placements for each in tensors):
-            return None
-        tensors = tuple(each.to_local() for each in tensors)  # pyright: ignore[reportAttributeAccessIssue]
-    first = tensors[0]
-    if first.numel() < LARGE or not use_triton(first):
+    if not isinstance(first, DTensor):
+        return None if any(isinstance(each, DTensor) for each in tensors) else tensors
+    if not all(isinstance(each, DTensor) and each.placements == first.placements for each in tensors):
         return None
-    alike = all(
+    return tuple(each.to_local() for each in tensors)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_large(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a parameter, its gradient and moments are what the kernel updates."""
+    first = tensors[0]
+    if first.numel() < LARGE or not use_triton(first) or not _has_no_gaps(first):
+        return False
+    return all(
         type(each) in (Tensor, nn.Parameter)
         and (each.dtype, each.device, each.shape, each.stride())
         == (first.dtype, first.device, first.shape, first.stride())
         for each in tensors
     )
-    return list(tensors) if alike and _has_no_gaps(first) else None
 
 
 def _has_no_gaps(values: Tensor) -> bool:

@@ -24,11 +24,17 @@ def before_fork(**_: Any) -> None:
     training.before_fork(JOB)
 
 
-def trained(ours: bool) -> tuple[list[tuple[int, ...]], dict[str, torch.Tensor]]:
-    """Shapes that `adam.step` updated, and this rank's part of every parameter after some steps."""
+def trained(ours: bool) -> tuple[list[tuple[int, ...]], set[str], dict[str, torch.Tensor]]:
+    """Shapes that `adam.step` updated, classes that torch's own did, and this rank's parts of all after some steps."""
     from accelerate import Accelerator
 
-    updated = []
+    updated, left, by_torch = [], set(), torch._fused_adamw_
+
+    def fused(parameters: list[torch.Tensor], *lists: list[torch.Tensor], **numbers: Any) -> None:
+        left.update(type(each).__name__ for each in (*parameters, *lists[0], *lists[1], *lists[2]))
+        by_torch(parameters, *lists, **numbers)
+
+    torch._fused_adamw_ = fused
 
     def step(parameter: torch.Tensor, *args: Any) -> None:
         updated.append(tuple(parameter.shape))
@@ -45,7 +51,7 @@ def trained(ours: bool) -> tuple[list[tuple[int, ...]], dict[str, torch.Tensor]]
         accelerator.backward(tiny_loss(model, inputs))
         optim.step()
         optim.zero_grad()
-    return updated, {name: each.to_local().clone() for name, each in model.named_parameters()}
+    return updated, left, {name: each.to_local().clone() for name, each in model.named_parameters()}
 
 
 @pytest.mark.parametrize("ep_size", [1, 2])
@@ -53,8 +59,9 @@ def test_parts_of_parameters_are_updated_as_by_torch(ep_size):
     environment = with_moe_config(ep_size=ep_size)
     expected = run_ranks(trained, 2, environment, ours=False)
     found = run_ranks(trained, 2, environment, ours=True)
-    for (updated, ours), (none, theirs) in zip(found, expected, strict=True):
+    for (updated, left, ours), (none, all_of_them, theirs) in zip(found, expected, strict=True):
         assert not none
+        assert (left, all_of_them) == ({"Tensor"}, {"DTensor"})
         assert len(updated) == STEPS * sum(each.numel() >= 100 for each in ours.values())
         assert 0 < len(updated) < STEPS * len(ours)
         for name, each in theirs.items():
