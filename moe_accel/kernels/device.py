@@ -100,7 +100,7 @@ def _launch_compiled(
             key += each.dtype, value % 16 == 0, each.is_cuda
         else:
             value = each
-            key += _kind_of(each)
+            key.append(_kind_of(each))
         values.append(value)
     key = tuple(key)
     known = _compiled.get(key)
@@ -121,12 +121,12 @@ _compiled: dict[Any, tuple[Any, list[Any], Any]] = {}
 """By kernel (its id, for its hash takes a microsecond; it is held here, so that no other gets the id) and arguments."""
 
 
-def _kind_of(argument: Any) -> tuple[Any, ...]:
-    if isinstance(argument, float):
-        return (float,)
-    if isinstance(argument, int) and not isinstance(argument, bool):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return type(argument), argument
+def _kind_of(argument: Any) -> Any:
+    """What a kernel is compiled for of a number, or of what is neither a number nor a tensor."""
+    kind = type(argument)
+    if kind is int:  # small numbers, made and compared at once
+        return 1 if argument == 1 else 2 + (argument % 16 == 0) + 2 * (-(2**31) <= argument < 2**31)
+    return kind if kind is float else (kind, argument)
 
 
 @cache
