@@ -90,13 +90,14 @@ def with_whole_rows(values: Tensor) -> Tensor:
 def sum_torch(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | None = None) -> Tensor:
     """The definition: values [P,H] -> [N,H], row n the sum of `values[copies[starts[n]:starts[n + 1]]]`.
 
-    more [P,H] is summed likewise; the two sums are added before they are rounded.
+    more [P,H] is summed likewise; the two sums are added before they are rounded, 16-bit values in fp32.
     """
     if starts.numel() == 0:  # embedding_bag insists on one bag at least
         return values.new_zeros(0, values.shape[1])
-    if more is not None:
-        exact = torch.promote_types(values.dtype, torch.float32)
-        return sum_torch(values.to(exact) + more.to(exact), copies, starts).to(values.dtype)
+    exact = torch.promote_types(values.dtype, torch.float32)
+    if more is not None or (exact != values.dtype and not values.is_cuda):  # the CPU's embedding_bag sums in bf16
+        whole = values.to(exact) if more is None else values.to(exact) + more.to(exact)
+        return sum_torch(whole, copies, starts).to(values.dtype)
     return torch.embedding_bag(values, copies, starts, mode=0)[0]
 
 

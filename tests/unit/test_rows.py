@@ -130,3 +130,13 @@ def test_without_a_gpu_the_grouped_mm_is_its_twin():
     rows, matrices, ends = torch.ones(2, 8).bfloat16(), torch.ones(1, 8, 8).bfloat16(), torch.tensor([2]).int()
     assert not takes_torch_grouped_mm(rows, matrices)
     assert torch.equal(grouped_mm(rows, matrices, ends), grouped_mm_by_group(rows, matrices, ends))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("of_two", [False, True])
+def test_sums_of_16_bit_rows_are_rounded_once(dtype, of_two):
+    rows = row_map(6, [0] * 9 + [3, 5] * 8)
+    y = values(25, COLUMNS, dtype=torch.float32).to(dtype)
+    more = y.cos() if of_two else None
+    exact = sum_rows(y.double(), rows, None if more is None else more.double())
+    assert torch.equal(sum_rows(y, rows, more), exact.to(dtype))
