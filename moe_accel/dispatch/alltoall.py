@@ -3,8 +3,8 @@
 A token goes once to each rank that holds any of its experts, however many of them: with 128 experts on 8 ranks and
 K = 8 that is 5.3 rows a token instead of 8 (8 * (1 - (7/8)^8), for uniform routing). Its routing weights and choices
 travel in the same row (`message.py`). One copy from the device to the host a layer, for the row counts that torch wants
-as python numbers; none when a handle is given. The counts are on their way as soon as there are choices; meanwhile, and
-without them, the device works out where rows go, and on a GPU writes the message.
+as python numbers; none when a handle is given. The counts are on their way as soon as there are choices, and where rows
+go is worked out meanwhile, without them.
 
 Sizes: N tokens of this rank, S rows sent, R rows received, G ranks, H hidden, K top-k, e experts of each rank.
 """
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_accel.dispatch.halves import scaled, travel
-from moe_accel.dispatch.message import Layout, pack, pack_gradients, packs_ahead, sum_gradients, unpack
-from moe_accel.dispatch.plan import Ordered, count, cut, order
-from moe_accel.kernels.rows import gather, sum_copies
+from moe_accel.dispatch.message import Layout, pack, pack_gradients, unpack
+from moe_accel.dispatch.plan import count, cut, order
+from moe_accel.kernels.rows import RowMap, gather, sum_copies
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,15 @@ class Plan:
     """Which rows a dispatch sends where, and how many come.
 
     Attributes:
-        ordered: the S sent copies of this rank's N tokens.
+        rows: the S sent copies of this rank's N tokens, ordered by receiving rank, then by token.
+        ranks: [S], where each goes.
         send_counts: rows sent to each rank.
         receive_counts: rows received from each rank.
         num_pairs: choices of received rows that are of this rank's experts.
     """
 
-    ordered: Ordered
+    rows: RowMap
+    ranks: Tensor
     send_counts: list[int]
     receive_counts: list[int]
     num_pairs: int
@@ -78,14 +80,27 @@ class AllToAll:
         scale: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, AllToAllHandle]:
         """See `Dispatcher.dispatch`."""
-        transfer = _Transfer(self, choices, handle, scale)
-        x_r, weights_r = travel(x, weights, transfer, beside)
+        plan = self._plan(choices) if handle is None else handle.plan
+        transfer = _Transfer(self, plan, choices, handle)
+        x_r, weights_r = travel(x, weights, transfer, beside, scale)
         return x_r, transfer.handle.choices, weights_r, transfer.handle
 
     def combine(self, y: Tensor, handle: AllToAllHandle, scale: float = 1.0, keep: Any = None) -> Tensor:
         """See `Dispatcher.combine`."""
         combined: Any = _Combine.apply(y, handle.plan, self.group, scale, keep)
         return combined
+
+    @torch.no_grad()
+    def _plan(self, choices: Tensor) -> Plan:
+        counted = count(choices, self.num_ranks, self.num_local_experts)
+        received = torch.empty_like(counted.counts)
+        counting: Any = dist.all_to_all_single(received, counted.counts, group=self.group, async_op=True)
+        rows, ranks = order(counted)
+        counting.wait()
+        counts = torch.cat([counted.counts, received], dim=1).tolist()  # the one wait for the device
+        send_counts, receive_counts = [row[0] for row in counts], [row[2] for row in counts]
+        num_rows, num_pairs = sum(send_counts), sum(row[3] for row in counts)
+        return Plan(cut(rows, num_rows), ranks[:num_rows], send_counts, receive_counts, num_pairs)
 
 
 class _Transfer:
@@ -98,10 +113,9 @@ class _Transfer:
 
     needs: tuple[bool, bool] = False, False
 
-    def __init__(self, transport: AllToAll, choices: Tensor, handle: AllToAllHandle | None, scale: float):
-        self.transport, self.group, self.scale = transport, transport.group, scale
+    def __init__(self, transport: AllToAll, plan: Plan, choices: Tensor, handle: AllToAllHandle | None):
+        self.group, self.num_local_experts, self.plan = transport.group, transport.num_local_experts, plan
         self.choices, self.known = choices, handle
-        self.plan = None if handle is None else handle.plan
         self.under_way: tuple[Any, Tensor, Tensor] | None = None
         self.layout: Layout | None = None
 
@@ -112,34 +126,12 @@ class _Transfer:
         return self.known
 
     def launch(self, x: Tensor, weights: Tensor) -> None:
-        if self.plan is None:
-            packed = self._plan(x, weights)
-        else:
-            packed, self.layout = pack(x, weights, None, self.plan.ordered, self.transport.num_local_experts)
-        assert self.plan is not None
-        self.under_way = _start(packed, self.plan.send_counts, self.plan.receive_counts, self.group)
-
-    def _plan(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Make the plan, and the message that is sent."""
-        num_ranks, num_local, group = self.transport.num_ranks, self.transport.num_local_experts, self.group
-        counted = count(self.choices, num_ranks, num_local)
-        received = torch.empty_like(counted.counts)
-        counting: Any = dist.all_to_all_single(received, counted.counts, group=group, async_op=True)
-        ordered, packed = order(counted), None
-        if packs_ahead(x, weights):
-            packed, self.layout = pack(x, weights, self.choices, ordered, num_local)
-        counting.wait()
-        counts = torch.cat([counted.counts, received], dim=1).tolist()  # the one wait for the device
-        send_counts, receive_counts = [row[0] for row in counts], [row[2] for row in counts]
-        num_rows, num_pairs = sum(send_counts), sum(row[3] for row in counts)
-        self.plan = Plan(cut(ordered, num_rows), send_counts, receive_counts, num_pairs)
-        if packed is None:
-            packed, self.layout = pack(x, weights, self.choices, self.plan.ordered, num_local)
-        return packed[:num_rows]
+        plan, choices = self.plan, None if self.known is not None else self.choices
+        packed, self.layout = pack(x, weights, choices, plan.rows, plan.ranks, self.num_local_experts)
+        self.under_way = _start(packed, plan.send_counts, plan.receive_counts, self.group)
 
     def arrive(self) -> tuple[Tensor, Tensor]:
         assert self.layout is not None
-        assert self.plan is not None
         x, weights, choices = unpack(self._arrived(), self.layout)
         if choices is not None:
             self.known = AllToAllHandle(choices, self.plan)
@@ -151,15 +143,15 @@ class _Transfer:
             rows, self.layout = pack_gradients(x_grad, weights_grad)
         else:
             rows = x_grad if self.needs[0] else weights_grad
-        plan = self.handle.plan
-        self.under_way = _start(rows, plan.receive_counts, plan.send_counts, self.group)
+        self.under_way = _start(rows, self.plan.receive_counts, self.plan.send_counts, self.group)
 
     def arrive_back(self) -> tuple[Tensor | None, Tensor | None]:
-        rows, of_token = self._arrived(), self.handle.plan.ordered.rows
-        if self.layout is not None:
-            return sum_gradients(rows, self.layout, of_token, self.scale)
-        found = scaled(sum_copies(rows, of_token), self.scale)
-        return (found, None) if self.needs[0] else (None, found)
+        rows = self._arrived()
+        parts = (rows, rows) if self.layout is None else unpack(rows, self.layout)[:2]
+        x_grad, weights_grad = (
+            sum_copies(part, self.plan.rows) if needed else None for part, needed in zip(parts, self.needs, strict=True)
+        )
+        return x_grad, weights_grad
 
     def _arrived(self) -> Tensor:
         assert self.under_way is not None
@@ -174,13 +166,13 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, plan: Plan, group: Any, scale: float, keep: Any) -> Tensor:
         ctx.plan, ctx.group, ctx.scale, ctx.keep = plan, group, scale, keep
         y_s = _exchange(y, plan.receive_counts, plan.send_counts, group)
-        return sum_copies(y_s, plan.ordered.rows)
+        return sum_copies(y_s, plan.rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         plan = ctx.plan
-        rows = gather(gradients[0], plan.ordered.rows, scale=ctx.scale)
+        rows = gather(scaled(gradients[0], ctx.scale), plan.rows)
         return _exchange(rows, plan.send_counts, plan.receive_counts, ctx.group), None, None, None, None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_accel.kernels.device import triton
 from moe_accel.kernels.message import can_prepare, count_triton
 from moe_accel.kernels.rows import RowMap
-from moe_accel.kernels.sort import BLOCK, can_sort, padded_experts, place, sort_pairs
+from moe_accel.kernels.sort import sort_pairs
 
 
 class Counted(NamedTuple):
@@ -25,37 +25,18 @@ class Counted(NamedTuple):
     Attributes:
         counts: [G,2] int32, rows and pairs (of a token and one of its experts) for each rank.
         ranks: [N,K] int32, rank of each choice, -1 where an earlier choice of the token has the same.
-        blocks: `ranks` counted by block for `sort.place`; None where torch sorts.
     """
 
     counts: Tensor
     ranks: Tensor
-    blocks: Tensor | None = None
-
-
-class Ordered(NamedTuple):
-    """The rows sent, ordered by rank, then by token.
-
-    What is [S] here has room for the most rows that there can be; behind those that there are it holds nothing of
-    worth.
-
-    Attributes:
-        rows: which token each row is.
-        ranks: [S], rank of each row.
-        ends: [G] int32, where the rows of each rank end.
-    """
-
-    rows: RowMap
-    ranks: Tensor
-    ends: Tensor
 
 
 def count(choices: Tensor, num_ranks: int, num_local_experts: int) -> Counted:
     """Of choices [N,K], experts counted over all ranks."""
     sizes = num_ranks, num_local_experts
-    kernels = can_prepare(choices) and can_sort(choices, num_ranks)
-    if kernels and _is_counted_right(choices.device, choices.dtype, choices.shape[1], *sizes):
-        return Counted(*count_triton(choices, *sizes))
+    if can_prepare(choices) and _is_counted_right(choices.device, choices.dtype, choices.shape[1], *sizes):
+        ranks, counts = count_triton(choices, *sizes)
+        return Counted(counts, ranks)
     return count_torch(choices, *sizes)
 
 
@@ -70,9 +51,9 @@ def _is_counted_right(
     generator = torch.Generator(device).manual_seed(0)
     shape, num_experts = (1000, top_k), num_ranks * num_local_experts
     choices = torch.randint(num_experts, shape, generator=generator, device=device, dtype=dtype)
-    counts, ranks, blocks = count_triton(choices, num_ranks, num_local_experts)
+    ranks, counts = count_triton(choices, num_ranks, num_local_experts)
     expected = count_torch(choices, num_ranks, num_local_experts)
-    if all(map(torch.equal, (counts, ranks, blocks), (*expected[:2], blocks_torch(expected.ranks, num_ranks)))):
+    if torch.equal(counts, expected.counts) and torch.equal(ranks, expected.ranks):
         return True
     warnings.warn(
         f"Triton {triton.__version__} miscompiles the count of rows of {num_ranks} ranks and top {top_k}: torch counts",
@@ -92,28 +73,18 @@ def count_torch(choices: Tensor, num_ranks: int, num_local_experts: int) -> Coun
     return Counted(torch.stack([rows, pairs], dim=1).to(torch.int32), ranks.masked_fill(again, -1))
 
 
-def blocks_torch(ranks: Tensor, num_ranks: int) -> Tensor:
-    """The definition of `Counted.blocks`, [B,E] int32, of its ranks [N,K]."""
-    flat = ranks.flatten().where(ranks.flatten() >= 0, num_ranks)
-    columns = torch.arange(padded_experts(num_ranks, True), device=ranks.device)
-    return torch.stack([(part[:, None] == columns).sum(0) for part in flat.split(BLOCK)]).to(torch.int32)
+def order(counted: Counted) -> tuple[RowMap, Tensor]:
+    """The rows sent, ordered by rank, then by token, and the rank of each.
 
-
-def order(counted: Counted) -> Ordered:
-    """The rows that are sent, and in which order."""
+    What is [S] here has room for the most rows that there can be; behind those that there are it holds nothing of
+    worth.
+    """
     ranks, num_ranks = counted.ranks, len(counted.counts)
-    top_k = ranks.shape[1]
-    most = ranks.shape[0] * min(num_ranks, top_k)
-    if counted.blocks is None:
-        found = sort_pairs(ranks, num_ranks, most)
-    else:
-        found = place(ranks.view(-1), counted.blocks, num_ranks, top_k, most)
-    return Ordered(RowMap(found.sources, found.copies, found.starts), found.experts, found.ends)
+    most = ranks.shape[0] * min(num_ranks, ranks.shape[1])
+    found = sort_pairs(ranks, num_ranks, most)
+    return RowMap(found.sources, found.copies, found.starts), found.experts
 
 
-def cut(ordered: Ordered, num_rows: int) -> Ordered:
+def cut(rows: RowMap, num_rows: int) -> RowMap:
     """Without the places where there is no row."""
-    rows = ordered.rows
-    return Ordered(
-        RowMap(rows.sources[:num_rows], rows.copies[:num_rows], rows.starts), ordered.ranks[:num_rows], ordered.ends
-    )
+    return RowMap(rows.sources[:num_rows], rows.copies[:num_rows], rows.starts)

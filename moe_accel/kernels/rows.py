@@ -64,26 +64,23 @@ class _Rows(torch.autograd.Function):
         return gradient, None, None, None, None, gradient if ctx.has_more else None
 
 
-def gather(values: Tensor, rows: RowMap, tail: int = 0, scale: float = 1.0) -> Tensor:
-    """values [N,H] times `scale` -> [P,H+tail], `values[rows.sources]` and room for more.
-
-    Not differentiable: see `gather_rows`.
-    """
+def gather(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
+    """values [N,H] -> [P,H+tail], `values[rows.sources]` and room for more. Not differentiable: see `gather_rows`."""
     if use_triton(values) and len(rows.sources):
-        return gather_triton(with_whole_rows(values), rows, tail, scale)
+        return gather_triton(_with_whole_rows(values), rows, tail)
     copied = values.index_select(0, rows.sources)
-    return with_tail(copied if scale == 1 else copied * scale, tail)
+    return with_tail(copied, tail)
 
 
 def sum_copies(values: Tensor, rows: RowMap, more: Tensor | None = None) -> Tensor:
     """values [P,H] -> [N,H], as `sum_torch`. Not differentiable: see `sum_rows`."""
     if use_triton(values):
-        return sum_triton(with_whole_rows(values), rows.copies, rows.starts, more)
+        return sum_triton(_with_whole_rows(values), rows.copies, rows.starts, more)
     return sum_torch(values.contiguous(), rows.copies, rows.starts, more)
 
 
-def with_whole_rows(values: Tensor) -> Tensor:
-    """As the kernels here take values. Rows may lie apart, as in a message; a row's values not."""
+def _with_whole_rows(values: Tensor) -> Tensor:
+    """Rows may lie apart, as in a message; a row's values not."""
     return values if values.stride(1) == 1 and values.stride(0) >= values.shape[1] else values.contiguous()
 
 
@@ -115,17 +112,26 @@ def sum_triton(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | No
     return out
 
 
-def gather_triton(values: Tensor, rows: RowMap, tail: int = 0, scale: float = 1.0) -> Tensor:
+def gather_triton(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
     """`gather` as a kernel: each program reads one source row once and writes all its copies.
 
     65,536 copies of 8192 rows of 2048 in bf16: 0.115 ms, `index_select` 0.165 (one H100, 2026-11-26).
     """
     (num_rows, width), num_pairs = values.shape, len(rows.sources)
     out = values.new_empty(num_pairs, width + tail)
-    constants = {"SCALED": scale != 1, "COPIES": COPIES, "COLUMNS": COLUMNS}
+    constants = {"COPIES": COPIES, "COLUMNS": COLUMNS}
     tensors = values, rows.copies, rows.starts, out
-    sizes = num_rows, num_pairs, width, values.stride(0), width + tail
-    launch(_gather_kernel, (num_rows, -(-width // COLUMNS)), *tensors, *sizes, scale, **constants)
+    launch(
+        _gather_kernel,
+        (num_rows, -(-width // COLUMNS)),
+        *tensors,
+        num_rows,
+        num_pairs,
+        width,
+        values.stride(0),
+        width + tail,
+        **constants,
+    )
     return out
 
 
@@ -140,8 +146,6 @@ def _gather_kernel(
     width,
     step,
     out_width,
-    scale,
-    SCALED: tl.constexpr,
     COPIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -149,8 +153,6 @@ def _gather_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
     value = tl.load(values + row * step + columns, mask=inside)
-    if SCALED:
-        value = (value.to(tl.float32) * scale).to(out.dtype.element_ty)
     start = tl.load(starts + row)
     end = tl.load(starts + row + 1, mask=row + 1 < num_rows, other=num_pairs)
     while start < end:

@@ -1,9 +1,8 @@
-"""(token, choice) pairs sorted by expert: a stable counting sort in two or three kernels, the same bits in every run.
+"""(token, choice) pairs sorted by expert: a stable counting sort in three kernels, the same bits in every run.
 
 torch's radix sort and what is made of its result are some ten small kernels: for a few ten thousand pairs, starting
 them costs more than the work. Here (1) each block of pairs counts its experts, (2) for each expert the counts are
 summed over the blocks before, (3) each block puts its pairs where they belong, and what follows from that beside them.
-With few counts every block of (3) sums them itself, and (2) is not started.
 
 Sizes: R rows, K top-k, e local experts, P pairs of which a rank computes, B blocks, E experts padded to a power of two.
 """
@@ -18,8 +17,6 @@ from moe_accel.kernels.device import HAS_TRITON, INTERPRETED, launch, tl, triton
 MAX_EXPERTS = 1024
 BLOCK, CHUNK = 256, 32  # pairs of a program, and how many of them are compared with all others at once
 SCANNED_BLOCKS, SCANNED_EXPERTS = 256, 8  # of a tile in the sum over blocks
-FEW_COUNTS, AT_ONCE = 1 << 15, 1 << 12
-"""So many are summed by every block for itself, a tile of these at a time: 128 KiB that lie in the GPU's cache."""
 
 
 class SortedPairs(NamedTuple):
@@ -88,41 +85,25 @@ def can_sort(choices: Tensor, num_experts: int) -> bool:
 
 def sort_triton(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> SortedPairs:
     """`sort_torch` as kernels, of what `can_sort` takes."""
-    drops, top_k = num_pairs is not None, choices.shape[1]
+    num_rows, top_k = choices.shape
+    num_choices, drops = choices.numel(), num_pairs is not None
+    num_kept = num_choices if num_pairs is None else num_pairs
     flat = choices.reshape(-1).contiguous()
-    counts = flat.new_empty(-(-len(flat) // BLOCK), padded_experts(num_experts, drops), dtype=torch.int32)
-    constants = {"EXPERTS": counts.shape[1], "BLOCK": BLOCK}
-    launch(_count_kernel, (len(counts),), flat, counts, len(flat), num_experts, **constants)
-    return place(flat, counts, num_experts, top_k, num_pairs)
-
-
-def place(flat: Tensor, counts: Tensor, num_experts: int, top_k: int, num_pairs: int | None) -> SortedPairs:
-    """What is left of `sort_triton` where blocks are counted.
-
-    Args:
-        flat: [R*K] integer, the choices, without gaps.
-        counts: [B,E] int32, how many choices of a block of `BLOCK` each expert has; those not computed here are counted
-            in column e. Overwritten.
-        num_experts: e.
-        top_k: K.
-        num_pairs: as `sort_pairs` has it.
-    """
-    num_blocks, padded = counts.shape
-    num_kept = len(flat) if num_pairs is None else num_pairs
+    num_blocks = -(-num_choices // BLOCK)
+    padded = padded_experts(num_experts, drops)
+    counts = flat.new_empty(num_blocks, padded, dtype=torch.int32)
+    totals = flat.new_empty(padded, dtype=torch.int32)
     pairs, sources, copies = (flat.new_empty(num_kept, dtype=torch.int64) for _ in range(3))
     experts = flat.new_empty(num_kept, dtype=torch.int16)
     ends = flat.new_empty(num_experts, dtype=torch.int32)
-    starts = flat.new_empty(len(flat) // top_k, dtype=torch.int64)
-    scanned, totals = counts.numel() > FEW_COUNTS, counts
-    if scanned:
-        totals = flat.new_empty(padded, dtype=torch.int32)
-        tile = {"EXPERTS": padded, "BLOCKS": SCANNED_BLOCKS, "TILE": SCANNED_EXPERTS}
-        launch(_scan_kernel, (padded // SCANNED_EXPERTS,), counts, totals, num_blocks, **tile)
+    starts = flat.new_empty(num_rows, dtype=torch.int64)
+    sizes = num_choices, num_experts
+    launch(_count_kernel, (num_blocks,), flat, counts, *sizes, EXPERTS=padded, BLOCK=BLOCK)
+    tile = {"EXPERTS": padded, "BLOCKS": SCANNED_BLOCKS, "TILE": SCANNED_EXPERTS}
+    launch(_scan_kernel, (padded // SCANNED_EXPERTS,), counts, totals, num_blocks, **tile)
     out = pairs, experts, ends, sources, copies, starts
-    sizes = len(flat), num_experts, num_kept, top_k, num_blocks
-    constants = {"SCANNED": scanned, "DROPS": num_pairs is not None, "EXPERTS": padded}
-    constants |= {"BLOCKS": max(1, AT_ONCE // padded), "BLOCK": BLOCK, "CHUNK": CHUNK}
-    launch(_place_kernel, (num_blocks,), flat, counts, totals, *out, *sizes, **constants)
+    constants = {"DROPS": drops, "EXPERTS": padded, "BLOCK": BLOCK, "CHUNK": CHUNK}
+    launch(_place_kernel, (num_blocks,), flat, counts, totals, *out, *sizes, num_kept, top_k, **constants)
     return SortedPairs(*out)
 
 
@@ -165,7 +146,7 @@ def _scan_kernel(counts, totals, num_blocks, EXPERTS: tl.constexpr, BLOCKS: tl.c
     tl.store(totals + expert, total)
 
 
-@triton.jit(do_not_specialize=["num_kept", "num_blocks"])
+@triton.jit(do_not_specialize=["num_kept"])
 def _place_kernel(
     choices,
     counts,
@@ -180,11 +161,8 @@ def _place_kernel(
     num_experts,
     num_kept,
     top_k,
-    num_blocks,
-    SCANNED: tl.constexpr,
     DROPS: tl.constexpr,
     EXPERTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -200,29 +178,16 @@ def _place_kernel(
         earlier = (other[None, :] == key[:, None]) & (other_lane[None, :] < lane[:, None])
         rank += tl.sum(earlier.to(tl.int32), 1)
     expert = tl.arange(0, EXPERTS)
-    if SCANNED:
-        total = tl.load(totals + expert)
-        before = tl.load(counts + block * EXPERTS + expert)
-    else:
-        total = tl.zeros((EXPERTS,), tl.int32)
-        before = tl.zeros((EXPERTS,), tl.int32)
-        start_block = 0
-        while start_block < num_blocks:
-            other_block = start_block + tl.arange(0, BLOCKS)
-            at = counts + other_block[:, None] * EXPERTS + expert[None, :]
-            count = tl.load(at, mask=(other_block < num_blocks)[:, None], other=0)
-            total += tl.sum(count, 0)
-            before += tl.sum(tl.where((other_block < block)[:, None], count, 0), 0)
-            start_block += BLOCKS
+    total = tl.load(totals + expert)
     end = tl.cumsum(total, 0)
     if block == 0:
         tl.store(ends + expert, end, mask=expert < num_experts)
-    first = end - total + before
+    first = end - total + tl.load(counts + block * EXPERTS + expert)
     place = tl.gather(first, tl.minimum(key, EXPERTS - 1), 0) + rank
     slot = pair
     if DROPS:
         away = (key == num_experts).to(tl.int32)
-        slot -= tl.sum(tl.where(expert == num_experts, before, 0), 0) + tl.cumsum(away, 0) - away
+        slot -= tl.load(counts + block * EXPERTS + num_experts) + tl.cumsum(away, 0) - away
     row = pair // top_k
     kept = (pair < num_choices) & (key < num_experts)
     placed = kept & (place < num_kept)

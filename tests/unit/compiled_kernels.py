@@ -53,8 +53,8 @@ COMPILED = {
     },
     "gather": (
         rows._gather_kernel,
-        ["*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32", "i32", "fp32"],
-        {"SCALED": True, "COPIES": 8, "COLUMNS": 1024},
+        ["*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32", "i32"],
+        {"COPIES": 8, "COLUMNS": 1024},
     ),
     **{
         f"{name} of {padded} experts": (kernel, types, {"EXPERTS": padded} | constants)
@@ -71,16 +71,10 @@ COMPILED = {
                 (
                     f"place{dropping}",
                     sort._place_kernel,
-                    ["*i64", "*i32", "*i32", "*i64", "*i16", "*i32", "*i64", "*i64", "*i64"] + ["i32"] * 5,
-                    {"SCANNED": scanned, "DROPS": drops, "BLOCKS": sort.AT_ONCE // padded}
-                    | {"BLOCK": sort.BLOCK, "CHUNK": sort.CHUNK},
+                    ["*i64", "*i32", "*i32", "*i64", "*i16", "*i32", "*i64", "*i64", "*i64"] + ["i32"] * 4,
+                    {"DROPS": drops, "BLOCK": sort.BLOCK, "CHUNK": sort.CHUNK},
                 )
-                for dropping, drops, scanned in (
-                    ("", False, True),
-                    (" or drop", True, True),
-                    (" by sums of its own", False, False),
-                    (" or drop by sums of its own", True, False),
-                )
+                for dropping, drops in (("", False), (" or drop", True))
             ),
         )
     },
@@ -99,27 +93,17 @@ COMPILED = {
     },
     "count of rows to send": (
         message._count_kernel,
-        ["*i64", "*i32", "*i32", "*i32", "i32", "i32", "i32"],
-        {"TOP_K": 8, "RANKS": 32, "CHOICES": sort.BLOCK},
+        ["*i64", "*i32", "*i32", "i32", "i32", "i32"],
+        {"TOP_K": 8, "RANKS": 32, "CHOICES": message.CHOICES},
     ),
     **{
-        f"message{more}": (
+        f"tail of a row{more}": (
             message._write_kernel,
-            ["*bf16", "*bf16", "*i32", "*i32", "*i64", "*i64", "*i64", "*i32", "*i16"] + ["i32"] * 7,
-            {"COPIED": copied, "HAS_CHOICES": has_choices, "TOP_K": 8, "PADDED": 8, "COPIES": 8, "COLUMNS": 1024},
+            ["*i32", "*i64", "*i64", "*i16", "*i32", "i32", "i32", "i32", "i32", "i32", "i32"],
+            {"HAS_CHOICES": has_choices, "PADDED": 8, "ROWS": message.ROWS},
         )
-        for more, copied, has_choices in ((" sent", True, True), (" sent again", True, False), (" back", False, False))
+        for more, has_choices in (("", False), (" with choices", True))
     },
-    "message taken apart": (
-        message._take_kernel,
-        ["*i32", "*i32", "*i32", "i32", "i32", "i32", "i32", "i32"],
-        {"HAS_CHOICES": True, "PADDED": 8, "ROWS": message.ROWS},
-    ),
-    "message summed": (
-        message._sum_kernel,
-        ["*bf16", "*fp32", "*i64", "*i64", "*bf16", "*fp32", "i32", "i32", "i32", "i32", "i32", "fp32"],
-        {"PADDED": 8, "COPIES": 8, "COLUMNS": 1024},
-    ),
     "softmax gradient": (
         cross_entropy._softmax_gradient_kernel,
         ["*bf16", "*i64", "*fp32", "*fp32"],

@@ -3,14 +3,17 @@
 The interpreter computes bf16 wrongly, and must be chosen before triton is imported: TRITON_INTERPRET=1.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from moe_accel.dispatch import message, plan
 from moe_accel.experts import routing
 from moe_accel.kernels import adam, glu, rms_norm, rope, rows, sort, squared_relu
 from moe_accel.kernels.device import INTERPRETED
 from tests import interpreter
-from tests.unit.noise import EPSILON, chosen, values
+from tests.unit.noise import EPSILON, values
 from tests.unit.test_kernels import GATES
 
 assert INTERPRETED, "set TRITON_INTERPRET=1"
@@ -57,10 +60,73 @@ def test_rows_may_lie_apart():
     assert torch.equal(rows.gather(apart[:4], places, 8)[:, :24], apart[sources])
 
 
-def test_gather_multiplies():
-    x, starts = values(3, 24), torch.tensor([0, 1, 2])
-    places = rows.RowMap(torch.tensor([0, 2, 2, 1]), torch.tensor([0, 3, 1, 2]), starts)
-    assert torch.equal(rows.gather(x, places, scale=0.3), (x * 0.3)[places.sources])
+SENT = {
+    "one": (1, 1, 2, 1),
+    "few": (5, 3, 2, 4),
+    "many": (150, 8, 8, 16),
+    "odd": (70, 6, 3, 5),
+    "of 40": (33, 4, 40, 2),
+}
+"""Tokens, top-k, ranks, experts of each."""
+
+
+@pytest.mark.parametrize("of", SENT)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_what_is_sent_and_in_which_order(of, dtype):
+    num_tokens, top_k, num_ranks, num_local = SENT[of]
+    choices = chosen(num_tokens, top_k, num_ranks * num_local, skew=2).to(dtype)
+    found, expected = (each(choices, num_ranks, num_local) for each in (plan.count, plan.count_torch))
+    assert [each.dtype for each in found] == [each.dtype for each in expected]
+    assert all(map(torch.equal, found, expected))
+    num_rows, most = int(found.counts[:, 0].sum()), num_tokens * min(num_ranks, top_k)
+    (ours, ranks), truth = plan.order(found), sort.sort_torch(expected.ranks, num_ranks, most)
+    assert torch.equal(ranks[:num_rows].int(), truth.experts[:num_rows].int())
+    assert all(map(torch.equal, plan.cut(ours, num_rows)[:3], plan.cut(rows.RowMap(*truth[3:]), num_rows)[:3]))
+    row_ranks = [row for row in range(num_ranks) for _ in range(int(found.counts[row, 0]))]
+    assert ranks[:num_rows].tolist() == row_ranks
+    for row, (source, rank) in enumerate(zip(ours.sources[:num_rows].tolist(), row_ranks, strict=True)):
+        assert rank in (choices[source] // num_local).tolist(), row
+
+
+def test_a_count_that_is_compiled_wrong_is_noticed_and_not_used(monkeypatch):
+    def wrong(choices, *sizes):
+        expected = plan.count_torch(choices, *sizes)
+        return expected.ranks, expected.counts.roll(1, 0)
+
+    monkeypatch.setattr(plan, "count_triton", wrong)
+    choices = chosen(9, 3, 11 * 7, skew=1)  # sizes that no other test has: what is right is remembered
+    for warns in (pytest.warns(RuntimeWarning, match="of 11 ranks and top 3"), nullcontext()):
+        with warns:
+            found = plan.count(choices, 11, 7)
+        assert all(map(torch.equal, found, plan.count_torch(choices, 11, 7)))
+
+
+@pytest.mark.parametrize("of", SENT)
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("has_choices", [True, False])
+def test_what_travels_behind_a_row(of, weights_dtype, has_choices):
+    num_tokens, top_k, num_ranks, num_local = SENT[of]
+    choices = chosen(num_tokens, top_k, num_ranks * num_local, skew=2)
+    counted = plan.count(choices, num_ranks, num_local)
+    where, ranks = plan.order(counted)
+    num_rows = int(counted.counts[:, 0].sum())
+    where, ranks = plan.cut(where, num_rows), ranks[:num_rows]
+    x, weights = values(num_tokens, 12), values(num_tokens, top_k).to(weights_dtype)
+    given = choices if has_choices else None
+    packed, layout = message.pack(x, weights, given, where, ranks, num_local)
+    assert packed.shape[1] % 16 == 0
+    written = packed.clone()
+    message.write_torch(written, layout, weights, given, where.sources, ranks, num_local)
+    found, expected = message.unpack(packed, layout), message.unpack(written, layout)
+    assert torch.equal(found[0], x[where.sources])
+    assert torch.equal(found[1], weights[where.sources])
+    assert torch.equal(expected[1], found[1])
+    assert (found[2] is None) is not has_choices
+    if has_choices:
+        assert torch.equal(found[2], expected[2])
+        whose = found[2] + (ranks.long() * num_local)[:, None]
+        assert torch.equal(whose[found[2] >= 0], choices[where.sources][found[2] >= 0])
+        assert int((found[2] >= 0).sum()) == choices.numel()
 
 
 def test_activations_leave_room():
@@ -89,6 +155,12 @@ def assert_same_order(choices, num_experts, num_pairs=None):
         assert torch.equal(one, other), name
 
 
+def chosen(num_rows, top_k, num_experts, skew, lowest=0):
+    """[R,K] experts at random, low ones the more often the larger `skew` is."""
+    uniform = torch.rand(num_rows, top_k, generator=torch.Generator().manual_seed(num_rows + num_experts))
+    return (uniform**skew * (num_experts - lowest)).long() + lowest
+
+
 SORTED = [(1, 1), (32, 8), (47, 22)]
 
 
@@ -113,9 +185,8 @@ def test_sort_of_pairs_that_are_all_alike(given):
     assert_same_order(choices, 128, None if given >= 0 else 0)
 
 
-@pytest.mark.parametrize("few", [0, 1 << 15], ids=["summed first", "summed by every block"])
-def test_sort_of_many_blocks(monkeypatch, few):
-    for name, size in {"BLOCK": 16, "CHUNK": 4, "SCANNED_BLOCKS": 4, "FEW_COUNTS": few, "AT_ONCE": 256}.items():
+def test_sort_of_many_blocks(monkeypatch):
+    for name, size in {"BLOCK": 16, "CHUNK": 4, "SCANNED_BLOCKS": 4}.items():
         monkeypatch.setattr(sort, name, size)
     assert_same_order(chosen(41, 8, 6, skew=2), 6)
     choices = chosen(41, 8, 6, skew=2, lowest=-1)
