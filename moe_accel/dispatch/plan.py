@@ -44,16 +44,21 @@ def count(choices: Tensor, num_ranks: int, num_local_experts: int) -> Counted:
 def _is_counted_right(
     device: torch.device, dtype: torch.dtype, top_k: int, num_ranks: int, num_local_experts: int
 ) -> bool:
-    """Whether the kernel, as Triton compiles it for these sizes, counts as torch does: tried once, on 1000 tokens.
+    """Whether the kernel, as Triton compiles it for these sizes, counts as torch does: tried once.
 
     Rows would be lost without a word otherwise, and Triton 3.6 did get an earlier form of the kernel wrong, for some K.
+    It makes two kernels of it, for numbers of choices that 16 divides and for others: both are tried.
     """
     generator = torch.Generator(device).manual_seed(0)
-    shape, num_experts = (1000, top_k), num_ranks * num_local_experts
-    choices = torch.randint(num_experts, shape, generator=generator, device=device, dtype=dtype)
-    ranks, counts = count_triton(choices, num_ranks, num_local_experts)
-    expected = count_torch(choices, num_ranks, num_local_experts)
-    if torch.equal(counts, expected.counts) and torch.equal(ranks, expected.ranks):
+
+    def counts_right(num_tokens: int) -> bool:
+        shape, num_experts = (num_tokens, top_k), num_ranks * num_local_experts
+        choices = torch.randint(num_experts, shape, generator=generator, device=device, dtype=dtype)
+        ranks, counts = count_triton(choices, num_ranks, num_local_experts)
+        expected = count_torch(choices, num_ranks, num_local_experts)
+        return torch.equal(counts, expected.counts) and torch.equal(ranks, expected.ranks)
+
+    if all(map(counts_right, (1008, 1001))):
         return True
     warnings.warn(
         f"Triton {triton.__version__} miscompiles the count of rows of {num_ranks} ranks and top {top_k}: torch counts",

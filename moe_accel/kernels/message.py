@@ -56,8 +56,8 @@ def write_triton(
         num_local: e.
     """
     num_rows, num_bytes = len(rows), rows.shape[1] * rows.element_size()
-    weights = weights.contiguous()
-    words = (weights.clone() if weights.data_ptr() % 4 else weights).view(torch.int32)
+    flat = weights.reshape(-1)
+    words = (flat.clone() if flat.data_ptr() % 4 else flat).view(torch.int32).view(len(weights), -1)
     experts = words if choices is None else choices.contiguous()
     top_k = 0 if choices is None else choices.shape[1]
     sizes = num_rows, num_bytes // 4, first // 4, num_local, words.shape[1], top_k

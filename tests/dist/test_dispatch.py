@@ -24,6 +24,7 @@ CASES = (
     "a-rank-without-tokens",
     "one-rank-takes-all",
     "no-tokens",
+    "top-1, a-rank-without-tokens",
 )
 LAYOUTS = {"2-ranks": (2, 2), "4-ranks": (4, 4), "4-ranks-in-2-groups": (4, 2)}
 """Ranks, and ranks of a group."""
@@ -39,8 +40,12 @@ DTYPES |= {"all-fp32": (torch.float32, torch.float32), "all-fp64": (torch.float6
 def tokens(case, rank):
     """A rank's x [N,H], choices [N,K], weights [N,K] and a gradient [N,H] for its output."""
     generator = torch.Generator().manual_seed(10 * CASES.index(case) + rank)
-    num_tokens = {"a-rank-without-tokens": 0 if rank == 1 else 4, "no-tokens": 0}.get(case, 3 + 2 * rank)
-    top_k = 1 if case == "top-1" else K
+    num_tokens = 3 + 2 * rank
+    if "a-rank-without-tokens" in case:
+        num_tokens = 0 if rank == 1 else 4
+    elif case == "no-tokens":
+        num_tokens = 0
+    top_k = 1 if "top-1" in case else K
     choices = torch.rand(num_tokens, E, generator=generator).argsort(dim=1)[:, :top_k]
     if case == "an-expert-twice":
         choices[:, 1] = choices[:, 0]

@@ -88,17 +88,20 @@ def test_what_is_sent_and_in_which_order(of, dtype):
         assert rank in (choices[source] // num_local).tolist(), row
 
 
-def test_a_count_that_is_compiled_wrong_is_noticed_and_not_used(monkeypatch):
+@pytest.mark.parametrize(("wrong_of", "num_local"), [(1008, 7), (1001, 8)])  # sizes that no other test has: what is
+def test_a_count_that_is_compiled_wrong_is_noticed_and_not_used(
+    monkeypatch, wrong_of, num_local
+):  # right is remembered
     def wrong(choices, *sizes):
         expected = plan.count_torch(choices, *sizes)
-        return expected.ranks, expected.counts.roll(1, 0)
+        return expected.ranks, expected.counts.roll(int(len(choices) == wrong_of), 0)
 
     monkeypatch.setattr(plan, "count_triton", wrong)
-    choices = chosen(9, 3, 11 * 7, skew=1)  # sizes that no other test has: what is right is remembered
+    choices = chosen(9, 3, 11 * num_local, skew=1)
     for warns in (pytest.warns(RuntimeWarning, match="of 11 ranks and top 3"), nullcontext()):
         with warns:
-            found = plan.count(choices, 11, 7)
-        assert all(map(torch.equal, found, plan.count_torch(choices, 11, 7)))
+            found = plan.count(choices, 11, num_local)
+        assert all(map(torch.equal, found, plan.count_torch(choices, 11, num_local)))
 
 
 @pytest.mark.parametrize("of", SENT)
@@ -127,6 +130,14 @@ def test_what_travels_behind_a_row(of, weights_dtype, has_choices):
         whose = found[2] + (ranks.long() * num_local)[:, None]
         assert torch.equal(whose[found[2] >= 0], choices[where.sources][found[2] >= 0])
         assert int((found[2] >= 0).sum()) == choices.numel()
+
+
+def test_weights_of_one_token_may_lie_anyhow():
+    x, weights = values(1, 12), values(1, 5).half()[:, 1:]  # counts as contiguous, and has a stride of 5
+    choices = torch.tensor([[0, 5, 2, 7]])
+    where, ranks = plan.order(plan.count(choices, 2, 4))
+    packed, layout = message.pack(x, weights, choices, plan.cut(where, 2), ranks[:2], 4)
+    assert torch.equal(message.unpack(packed, layout)[1], weights.expand(2, 4))
 
 
 def test_activations_leave_room():
