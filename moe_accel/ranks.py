@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -25,6 +25,25 @@ def gather(value: Any, group: Any = None) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
+
+
+def attempt_together(do: Callable[[], Any], group: Any = None) -> str | None:
+    """Call `do`, and say what went wrong, on whichever rank, once all are through. A collective call.
+
+    Returns:
+        The error of the first rank of the group, or of the job, that has one, as a line; None where all went well.
+    """
+    problem = None
+    try:
+        do()
+    except CheckpointError as error:
+        problem = error.message
+    except BaseException as error:  # torch's own of a save collects those of all ranks, and is none of Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+    found = gather(problem, group) if _are_several() else [problem]
+    return next((each for each in found if each is not None), None)
 
 
 @contextmanager

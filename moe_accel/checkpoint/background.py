@@ -27,9 +27,10 @@ from accelerate import Accelerator
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from moe_accel.errors import CheckpointError
-from moe_accel.ranks import gather, tell
+from moe_accel.ranks import attempt_together, tell
 
-Barrier = Callable[[], Any]
+_Problem = tuple[str, str | None]
+"""Message and hint of a `CheckpointError`."""
 _dcp: Any = torch.distributed.checkpoint
 
 
@@ -40,7 +41,7 @@ class _Save:
         self.copies: list[Callable[..., Any]] = []
         self.group: Any = None
         self.thread: Thread | None = None
-        self.problem: str | None = None
+        self.problem: _Problem | None = None
         self.told = False
 
 
@@ -76,7 +77,13 @@ def copying(accelerator: Accelerator) -> Iterator[None]:
         _dcp.save = original
 
 
-def place(accelerator: Accelerator, folder: Path, rename: Callable[[Barrier], None], wait: bool = False) -> None:
+def place(
+    accelerator: Accelerator,
+    folder: Path,
+    rename: Callable[[Any], None],
+    tidy: Callable[[], None],
+    wait: bool = False,
+) -> None:
     """Give a checkpoint its name: at once where all of it is written, else in a thread that writes the rest before.
 
     A collective call.
@@ -84,44 +91,59 @@ def place(accelerator: Accelerator, folder: Path, rename: Callable[[Barrier], No
     Args:
         accelerator: whose checkpoint it is.
         folder: its name, for messages.
-        rename: puts it in its place; called on every rank with what makes the ranks wait for each other.
+        rename: puts it in its place; called on every rank with the process group over which they wait for each other.
+        tidy: removes what the checkpoint is instead of, once it has its name; called on every rank.
         wait: until it is done.
 
     Raises:
-        CheckpointError: only with `wait`: see `wait_for_save`.
+        CheckpointError: on every rank, with `wait` or where nothing is written in a thread: see `wait_for_save`.
     """
-    save = _saves.get(accelerator)
+    save, placed = _saves.get(accelerator), partial(_placed, folder, rename, tidy)
     if save is None or not save.copies:
         if save is not None and accelerator.is_fsdp2 and not save.told:
             save.told = True
             tell("async_save: only fsdp_state_dict_type SHARDED_STATE_DICT is written while training goes on")
-        rename(accelerator.wait_for_everyone)
+        _raise(placed(None))
         return
     copies, save.copies = save.copies, []
     if save.group is None:
         save.group = dist.new_group(backend="gloo")  # training's own collectives go on meanwhile
-    save.thread = Thread(target=_write, args=(save, copies, folder, rename), name=f"writing {folder.name}")
+    save.thread = Thread(target=_write, args=(save, copies, folder, placed), name=f"writing {folder.name}")
     save.thread.start()
     if wait:
         wait_for_save(accelerator)
 
 
-def _write(save: _Save, copies: list[Callable[..., Any]], folder: Path, rename: Callable[[Barrier], None]) -> None:
-    problem = None
-    try:
+def _write(save: _Save, copies: list[Callable[..., Any]], folder: Path, placed: Callable[[Any], Any]) -> None:
+    def write() -> None:
         while copies:
             copies.pop(0)(process_group=save.group)
-    except BaseException as error:  # torch's own collects those of all ranks, and is none of Exception
-        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+
     try:
-        problems = [each for each in gather(problem, save.group) if each is not None]
-        if not problems:
-            rename(partial(dist.barrier, group=save.group))
-    except Exception as error:
-        problems = [f"{type(error).__name__}: {error}"]
-    if problems:
-        save.problem = f"{folder} was not saved: {problems[0]}"
-        print(f"moe-accel: {save.problem}", file=sys.stderr, flush=True)
+        problem = attempt_together(write, save.group)
+        save.problem = placed(save.group) if problem is None else _not_saved(folder, problem)
+    except Exception as error:  # the ranks cannot reach each other
+        save.problem = _not_saved(folder, f"{type(error).__name__}: {error}")
+    if save.problem is not None:
+        print(f"moe-accel: {save.problem[0]}", file=sys.stderr, flush=True)
+
+
+def _placed(folder: Path, rename: Callable[[Any], None], tidy: Callable[[], None], group: Any) -> _Problem | None:
+    """Give a checkpoint that is whole its name; what went wrong, the same on every rank."""
+    problem = attempt_together(partial(rename, group), group)
+    if problem is not None:
+        return _not_saved(folder, problem)
+    problem = attempt_together(tidy, group)
+    return None if problem is None else (f"{folder} is saved, but what it replaces was not removed: {problem}", None)
+
+
+def _not_saved(folder: Path, problem: str) -> _Problem:
+    return f"{folder} was not saved: {problem}", "the checkpoint before it is untouched"
+
+
+def _raise(problem: _Problem | None) -> None:
+    if problem is not None:
+        raise CheckpointError(*problem)
 
 
 def wait_for_save(accelerator: Accelerator) -> None:
@@ -136,8 +158,7 @@ def wait_for_save(accelerator: Accelerator) -> None:
     save.thread.join()
     save.thread = None
     problem, save.problem = save.problem, None
-    if problem is not None:
-        raise CheckpointError(problem, "the checkpoint before it is untouched")
+    _raise(problem)
 
 
 def waiting(original: Callable) -> Callable:

@@ -11,16 +11,17 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Container
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from moe_accel.checkpoint.background import Barrier, copying, place, wait_for_save
+from moe_accel.checkpoint.background import copying, place, wait_for_save
 from moe_accel.checkpoint.publish import place_folder, recover_folder, staging_name
 from moe_accel.errors import CheckpointError
-from moe_accel.ranks import tell
+from moe_accel.ranks import attempt_together, tell
 
 TRAINER_STAGING = ".saving"
 
@@ -51,13 +52,15 @@ def around_save_state(original: Callable, installed: Container[Accelerator]) -> 
         finally:
             project.automatic_checkpoint_naming = automatic
 
-        def rename(barrier: Barrier) -> None:
-            _finish(self, barrier, staging, folder)
+        def rename(group: Any) -> None:
+            _finish(self, group, staging, folder)
+
+        def tidy() -> None:
             if automatic and self.is_main_process and project.total_limit is not None:
                 for old in numbered_states(folder.parent)[project.total_limit :]:
                     shutil.rmtree(old)
 
-        place(self, folder, rename)
+        place(self, folder, rename, tidy)
         return str(folder) if automatic else output_dir
 
     return save_state
@@ -98,8 +101,10 @@ def around_save_checkpoint(original: Callable, installed: Container[Accelerator]
                 self.state.save_to_json(os.path.join(staged_run, name, trainer_module.TRAINER_STATE_NAME))
         best = self.state.best_model_checkpoint
 
-        def rename(barrier: Barrier) -> None:
-            _finish(self.accelerator, barrier, staged_run / name, Path(run, name))
+        def rename(group: Any) -> None:
+            _finish(self.accelerator, group, staged_run / name, Path(run, name))
+
+        def tidy() -> None:
             if self.args.should_save:
                 shutil.rmtree(staged_run, ignore_errors=True)
                 trainer_module.rotate_checkpoints(
@@ -111,7 +116,7 @@ def around_save_checkpoint(original: Callable, installed: Container[Accelerator]
 
         # Trainer looks at its folders once more when it ends.
         is_last = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
-        place(self.accelerator, Path(run, name), rename, wait=is_last)
+        place(self.accelerator, Path(run, name), rename, tidy, wait=is_last)
         return None
 
     return save_checkpoint
@@ -127,15 +132,27 @@ def _begin(accelerator: Accelerator, staging: Path, folder: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-def _finish(accelerator: Accelerator, barrier: Barrier, staging: Path, folder: Path) -> None:
-    """The rename, once every rank has written: by rank 0, then on the hosts that have folders of their own."""
-    barrier()
-    if accelerator.is_main_process:
-        place_folder(staging, folder)
-    barrier()
-    if accelerator.is_local_main_process and not accelerator.is_main_process and staging.is_dir():
-        place_folder(staging, folder)
-    barrier()
+def _finish(accelerator: Accelerator, group: Any, staging: Path, folder: Path) -> None:
+    """The rename, once every rank has written: by rank 0, then on the hosts that have folders of their own.
+
+    Raises:
+        CheckpointError: on every rank, where it failed on one.
+    """
+
+    is_main = accelerator.is_main_process
+
+    def place_here() -> None:
+        if accelerator.is_local_main_process and not is_main and staging.is_dir():
+            place_folder(staging, folder)
+
+    for step in (_nothing, partial(place_folder, staging, folder) if is_main else _nothing, place_here):
+        problem = attempt_together(step, group)
+        if problem is not None:
+            raise CheckpointError(problem)
+
+
+def _nothing() -> None:
+    """What a rank does that only waits for the others."""
 
 
 def numbered_states(folder: Path) -> list[Path]:

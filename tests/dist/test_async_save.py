@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_accel.checkpoint.background import wait_for_save
 from moe_accel.errors import CheckpointError
 from tests.dist.ranks import run_ranks, with_moe_config
 from tests.dist.test_resume import (
@@ -76,3 +77,49 @@ def test_a_write_that_fails_is_told_by_the_next_call_and_spoils_nothing(tmp_path
     for message, there in run_ranks(failed_write, 2, environment, family="qwen3_moe", folder=tmp_path, victim=victim):
         assert re.match(rf"{re.escape(str(tmp_path / 'second'))} was not saved: .*No space left on device", message)
         assert there == [True] * 3
+
+
+def failed_place(family: str, folder: Path) -> list[tuple[str, str | None]]:
+    """Save three states; one cannot get its name, of another what it replaces cannot go: what ranks are told."""
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    from moe_accel.checkpoint import periodic
+
+    accelerator = Accelerator(project_config=ProjectConfiguration(str(folder), total_limit=1))
+    accelerator.project_configuration.automatic_checkpoint_naming = True
+    model = build_tiny(family)
+    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    told = []
+
+    def save(broken: str, function: Any) -> None:
+        original = vars(periodic)[broken]
+        setattr(periodic, broken, function)
+        try:
+            accelerator.save_state()
+            wait_for_save(accelerator)
+        except CheckpointError as error:
+            told.append((error.message, error.hint))
+        setattr(periodic, broken, original)
+
+    def denied(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    save("numbered_states", periodic.numbered_states)
+    save("place_folder", denied)  # rank 0 alone calls it
+    accelerator.project_configuration.iteration = 2
+    save("numbered_states", denied)  # so with this
+    accelerator.project_configuration.iteration = 3
+    save("numbered_states", periodic.numbered_states)
+    accelerator.wait_for_everyone()
+    return told
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_folder_that_cannot_get_its_name_is_told_on_every_rank(tmp_path, async_save):
+    environment = {**with_moe_config(ep_size=2, async_save=async_save), "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    found = run_ranks(failed_place, 2, environment, family="qwen3_moe", folder=tmp_path)
+    name, error = tmp_path / "checkpoints" / "checkpoint_{}", "PermissionError: [Errno 13] Permission denied"
+    whole = f"{name} is saved, but what it replaces was not removed: {error}".format(2), None
+    assert found == [[(f"{name} was not saved: {error}".format(1), "the checkpoint before it is untouched"), whole]] * 2
+    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["checkpoint_3"]
