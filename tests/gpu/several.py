@@ -22,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -40,6 +41,7 @@ TOLERANCES = {"cuda": (LOSS_TOLERANCE, NORM_TOLERANCE), "cpu": (1e-5, 1e-4)}
 """By device: bf16 on a GPU, fp32 on the CPU, of a loss and of a gradient norm."""
 NATIVE_EP_SINCE = (5, 19)
 SAYS_WHY = ("out of memory", "skipped", "failed")
+EMPTY: Mapping[str, str] = {}
 SETTINGS = ("gpus", "device", "shape", "sequence", "warmup", "steps")
 """What must not change between calls that fill one file."""
 
@@ -203,15 +205,17 @@ def host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def ranks(case: Case, args: argparse.Namespace, scratch: Path, limit_s: float) -> dict[str, Any]:
-    """Start the ranks and put together what they wrote."""
+def ranks(
+    case: Case, args: argparse.Namespace, scratch: Path, limit_s: float, more: Mapping[str, str] = EMPTY
+) -> dict[str, Any]:
+    """Start the ranks, with `more` variables, and put together what they wrote."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         job = Path(folder, "job.json")
         names = ("shape", "sequence", "warmup", "steps", "device")
         how = {name: getattr(args, name) for name in names}
         job.write_text(json.dumps(asdict(case) | how | {"folder": folder, "checkpoint": str(scratch / "checkpoint")}))
         command = [sys.executable, "-m", "tests.gpu.several_main", str(job)]
-        ended = run_ranks(command, case.num_ranks, environment(case, args), Path(folder), limit_s)
+        ended = run_ranks(command, case.num_ranks, environment(case, args) | dict(more), Path(folder), limit_s)
         files = [Path(folder, f"{rank}.json") for rank in range(case.num_ranks)]
         found = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     result = dict(found[0]) | {"seconds": ended.seconds}

@@ -161,7 +161,7 @@ def judge(rows: Rows, tolerances: tuple[float, float]) -> None:
                 part["check"] = {"reference": reference is not None}
                 continue
             theirs = reference[1]
-            found = [_largest_difference(part.get(name), theirs.get(name)) for name in ("losses", "norms")]
+            found = [largest_difference(part.get(name), theirs.get(name)) for name in ("losses", "norms")]
             allowed = _allowed(row, tolerances)
             agrees = all(each is None or each <= most for each, most in zip(found, allowed, strict=True))
             part["check"] = {
@@ -190,7 +190,7 @@ def _setting(row: dict) -> tuple:
     return *(row[name] for name in ("kind", "gpus", "batch", "layers")), is_mixed(row["arm"])
 
 
-def _largest_difference(ours: list[float] | None, theirs: list[float] | None) -> float | None:
+def largest_difference(ours: list[float] | None, theirs: list[float] | None) -> float | None:
     """Relative, over the steps; infinite for one that is not a number or missing."""
     if not ours or not theirs:
         return None
