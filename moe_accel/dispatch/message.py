@@ -118,7 +118,7 @@ def unpack(packed: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor | Non
 
 def _bytes(rows: Tensor) -> Tensor:
     """The same memory by byte. Flat in between: strides of what has one row, or none, may be anything."""
-    return rows.reshape(-1).view(torch.uint8).view(len(rows), rows.shape[1] * rows.element_size())
+    return rows.contiguous().reshape(-1).view(torch.uint8).view(len(rows), rows.shape[1] * rows.element_size())
 
 
 def _own(part: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def write_triton(
         num_local: e.
     """
     num_rows, num_bytes = len(rows), rows.shape[1] * rows.element_size()
-    flat = weights.reshape(-1)
+    flat = weights.contiguous().reshape(-1)
     words = (flat.clone() if flat.data_ptr() % 4 else flat).view(torch.int32).view(len(weights), -1)
     experts = words if choices is None else choices.contiguous()
     top_k = 0 if choices is None else choices.shape[1]

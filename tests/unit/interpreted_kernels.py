@@ -132,12 +132,22 @@ def test_what_travels_behind_a_row(of, weights_dtype, has_choices):
         assert int((found[2] >= 0).sum()) == choices.numel()
 
 
-def test_weights_of_one_token_may_lie_anyhow():
-    x, weights = values(1, 12), values(1, 5).half()[:, 1:]  # counts as contiguous, and has a stride of 5
-    choices = torch.tensor([[0, 5, 2, 7]])
-    where, ranks = plan.order(plan.count(choices, 2, 4))
-    packed, layout = message.pack(x, weights, choices, plan.cut(where, 2), ranks[:2], 4)
-    assert torch.equal(message.unpack(packed, layout)[1], weights.expand(2, 4))
+@pytest.mark.parametrize(
+    "weights",
+    [values(1, 5).half()[:, 1:], values(3, 5)[:, 2:3], values(1, 3).t()],
+    ids=["of one token, with a stride of 5", "one a token, apart", "one a token, with two strides of 1"],
+)
+def test_weights_may_lie_anyhow(weights):
+    (num_tokens, top_k), (num_ranks, num_local) = weights.shape, (2, 4)
+    choices = chosen(num_tokens, top_k, num_ranks * num_local, skew=1)
+    counted = plan.count(choices, num_ranks, num_local)
+    where, ranks = plan.order(counted)
+    num_rows = int(counted.counts[:, 0].sum())
+    where, x = plan.cut(where, num_rows), values(num_tokens, 12)
+    packed, layout = message.pack(x, weights, choices, where, ranks[:num_rows], num_local)
+    assert torch.equal(message.unpack(packed, layout)[1], weights[where.sources])
+    packed, layout = message.pack_gradients(x, weights)
+    assert torch.equal(message.unpack(packed, layout)[1], weights)
 
 
 def test_activations_leave_room():
