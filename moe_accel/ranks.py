@@ -27,21 +27,23 @@ def gather(value: Any, group: Any = None) -> list[Any]:
     return found
 
 
-def attempt_together(do: Callable[[], Any], group: Any = None) -> str | None:
-    """Call `do`, and say what went wrong, on whichever rank, once all are through. A collective call.
+def attempt_together(do: Callable[[], Any] | None, group: Any = None) -> str | None:
+    """Call `do`, if there is anything to do here, and say what went wrong, on whichever rank, once all are through.
+
+    A collective call.
 
     Returns:
         The error of the first rank of the group, or of the job, that has one, as a line; None where all went well.
     """
     problem = None
     try:
-        do()
-    except CheckpointError as error:
-        problem = error.message
+        if do is not None:
+            do()
+    except (KeyboardInterrupt, SystemExit):
+        raise
     except BaseException as error:  # torch's own of a save collects those of all ranks, and is none of Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+        *_, last = "", *str(error).strip().splitlines()
+        problem = f"{type(error).__name__}: {last}"
     found = gather(problem, group) if _are_several() else [problem]
     return next((each for each in found if each is not None), None)
 

@@ -87,3 +87,12 @@ def install(monkeypatch, gemm=general_grouped_gemm):
     )
     for each in caches:
         each.cache_clear()
+
+
+def install_as_on_a_gpu(monkeypatch):
+    """The fake, and values that it is given wherever they are."""
+    from moe_accel.kernels import te
+
+    install(monkeypatch)
+    monkeypatch.setattr(te, "on_gpu", lambda values: True)
+    monkeypatch.setattr(te, "version", lambda: "2.20.2")

@@ -80,7 +80,7 @@ def copying(accelerator: Accelerator) -> Iterator[None]:
 def place(
     accelerator: Accelerator,
     folder: Path,
-    rename: Callable[[Any], None],
+    rename: Callable[[Any], str | None],
     tidy: Callable[[], None],
     wait: bool = False,
 ) -> None:
@@ -91,7 +91,8 @@ def place(
     Args:
         accelerator: whose checkpoint it is.
         folder: its name, for messages.
-        rename: puts it in its place; called on every rank with the process group over which they wait for each other.
+        rename: puts it in its place, and returns what went wrong on whichever rank; called on every rank, when all have
+            written, with the process group over which they wait for each other.
         tidy: removes what the checkpoint is instead of, once it has its name; called on every rank.
         wait: until it is done.
 
@@ -103,6 +104,7 @@ def place(
         if save is not None and accelerator.is_fsdp2 and not save.told:
             save.told = True
             tell("async_save: only fsdp_state_dict_type SHARDED_STATE_DICT is written while training goes on")
+        accelerator.wait_for_everyone()
         _raise(placed(None))
         return
     copies, save.copies = save.copies, []
@@ -128,9 +130,9 @@ def _write(save: _Save, copies: list[Callable[..., Any]], folder: Path, placed: 
         print(f"moe-accel: {save.problem[0]}", file=sys.stderr, flush=True)
 
 
-def _placed(folder: Path, rename: Callable[[Any], None], tidy: Callable[[], None], group: Any) -> _Problem | None:
+def _placed(folder: Path, rename: Callable[[Any], str | None], tidy: Callable[[], None], group: Any) -> _Problem | None:
     """Give a checkpoint that is whole its name; what went wrong, the same on every rank."""
-    problem = attempt_together(partial(rename, group), group)
+    problem = rename(group)
     if problem is not None:
         return _not_saved(folder, problem)
     problem = attempt_together(tidy, group)

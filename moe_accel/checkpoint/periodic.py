@@ -52,15 +52,12 @@ def around_save_state(original: Callable, installed: Container[Accelerator]) -> 
         finally:
             project.automatic_checkpoint_naming = automatic
 
-        def rename(group: Any) -> None:
-            _finish(self, group, staging, folder)
-
         def tidy() -> None:
             if automatic and self.is_main_process and project.total_limit is not None:
                 for old in numbered_states(folder.parent)[project.total_limit :]:
                     shutil.rmtree(old)
 
-        place(self, folder, rename, tidy)
+        place(self, folder, partial(_rename, self, staging, folder), tidy)
         return str(folder) if automatic else output_dir
 
     return save_state
@@ -101,9 +98,6 @@ def around_save_checkpoint(original: Callable, installed: Container[Accelerator]
                 self.state.save_to_json(os.path.join(staged_run, name, trainer_module.TRAINER_STATE_NAME))
         best = self.state.best_model_checkpoint
 
-        def rename(group: Any) -> None:
-            _finish(self.accelerator, group, staged_run / name, Path(run, name))
-
         def tidy() -> None:
             if self.args.should_save:
                 shutil.rmtree(staged_run, ignore_errors=True)
@@ -116,6 +110,7 @@ def around_save_checkpoint(original: Callable, installed: Container[Accelerator]
 
         # Trainer looks at its folders once more when it ends.
         is_last = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        rename = partial(_rename, self.accelerator, staged_run / name, Path(run, name))
         place(self.accelerator, Path(run, name), rename, tidy, wait=is_last)
         return None
 
@@ -132,27 +127,22 @@ def _begin(accelerator: Accelerator, staging: Path, folder: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-def _finish(accelerator: Accelerator, group: Any, staging: Path, folder: Path) -> None:
-    """The rename, once every rank has written: by rank 0, then on the hosts that have folders of their own.
+def _rename(accelerator: Accelerator, staging: Path, folder: Path, group: Any) -> str | None:
+    """Once every rank has written: by rank 0, then on the hosts that have folders of their own.
 
-    Raises:
-        CheckpointError: on every rank, where it failed on one.
+    Returns:
+        What went wrong, on whichever rank.
     """
-
     is_main = accelerator.is_main_process
 
     def place_here() -> None:
-        if accelerator.is_local_main_process and not is_main and staging.is_dir():
+        if staging.is_dir():
             place_folder(staging, folder)
 
-    for step in (_nothing, partial(place_folder, staging, folder) if is_main else _nothing, place_here):
-        problem = attempt_together(step, group)
-        if problem is not None:
-            raise CheckpointError(problem)
-
-
-def _nothing() -> None:
-    """What a rank does that only waits for the others."""
+    problem = attempt_together(partial(place_folder, staging, folder) if is_main else None, group)
+    if problem is not None:
+        return problem
+    return attempt_together(place_here if accelerator.is_local_main_process and not is_main else None, group)
 
 
 def numbered_states(folder: Path) -> list[Path]:

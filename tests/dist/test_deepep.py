@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tests import fake_deep_ep
 from tests.dist import training
 from tests.dist.ranks import RankError, run_ranks, with_moe_config
+from tests.dist.test_dispatch import sizes_of
 from tests.dist.test_parity_training import NO_TOKENS
 from tests.dist.training import Job
 from tests.families import model_class
@@ -41,10 +42,8 @@ def before_fork(job=None, **_):
 def tokens(case, rank, hidden=H):
     """x [N,H] bf16, choices [N,K], weights [N,K], and gradients for the output and for the weights received."""
     generator = torch.Generator().manual_seed(10 * CASES.index(case) + rank)
-    num_tokens = 0 if case == "no-tokens" else 3 + 2 * rank
-    if "a-rank-without-tokens" in case:
-        num_tokens = 0 if rank == 1 else 4
-    choices = torch.rand(num_tokens, E, generator=generator).argsort(1)[:, : 1 if "top-1" in case else K]
+    num_tokens, top_k = sizes_of(case, rank)
+    choices = torch.rand(num_tokens, E, generator=generator).argsort(1)[:, :top_k]
     if case == "one-rank-takes-all":
         choices = choices % 2
     x, upstream = torch.randn(2, num_tokens, hidden, generator=generator).bfloat16()

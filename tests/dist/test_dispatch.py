@@ -37,15 +37,18 @@ DTYPES |= {"all-fp32": (torch.float32, torch.float32), "all-fp64": (torch.float6
 """Of tokens and of routing weights."""
 
 
+def sizes_of(case, rank):
+    """A rank's N and K."""
+    num_tokens = 0 if case == "no-tokens" else 3 + 2 * rank
+    if "a-rank-without-tokens" in case:
+        num_tokens = 0 if rank == 1 else 4
+    return num_tokens, 1 if "top-1" in case else K
+
+
 def tokens(case, rank):
     """A rank's x [N,H], choices [N,K], weights [N,K] and a gradient [N,H] for its output."""
     generator = torch.Generator().manual_seed(10 * CASES.index(case) + rank)
-    num_tokens = 3 + 2 * rank
-    if "a-rank-without-tokens" in case:
-        num_tokens = 0 if rank == 1 else 4
-    elif case == "no-tokens":
-        num_tokens = 0
-    top_k = 1 if "top-1" in case else K
+    num_tokens, top_k = sizes_of(case, rank)
     choices = torch.rand(num_tokens, E, generator=generator).argsort(dim=1)[:, :top_k]
     if case == "an-expert-twice":
         choices[:, 1] = choices[:, 0]

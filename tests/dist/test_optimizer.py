@@ -72,6 +72,7 @@ def stepped(ours: bool) -> list[torch.Tensor]:
     """Two small parameters after a step, the gradient of one spread in another way than it: torch takes no mixture."""
     from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
 
+    torch.distributed.init_process_group("gloo")
     mesh, generator = DeviceMesh("cpu", range(2)), torch.Generator().manual_seed(0)
     optimizer.use_triton = optimizer._has_kernels = lambda _: ours
     made = []
@@ -85,13 +86,7 @@ def stepped(ours: bool) -> list[torch.Tensor]:
     return [each.full_tensor().detach() for each in made]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def distributed(ours: bool) -> list[torch.Tensor]:
-    torch.distributed.init_process_group("gloo")
-    return stepped(ours)
-
-
 def test_a_gradient_that_is_spread_in_another_way_is_left_to_torch():
-    for found, expected in zip(
-        run_ranks(distributed, 2, ours=True), run_ranks(distributed, 2, ours=False), strict=True
-    ):
+    by_ours, by_torch = (run_ranks(stepped, 2, ours=ours) for ours in (True, False))
+    for found, expected in zip(by_ours, by_torch, strict=True):
         assert all(map(torch.equal, found, expected))

@@ -37,10 +37,8 @@ def trained(job, by_te, **how):
     calls = {}
     if by_te:
         patch = pytest.MonkeyPatch()
-        fake_transformer_engine.install(patch)
-        patch.setattr(te, "wrong_device", lambda *_, **__: None)
-        patch.setattr(te, "on_gpu", lambda values: True)
-        patch.setattr(te, "version", lambda: "2.20.2")
+        fake_transformer_engine.install_as_on_a_gpu(patch)
+        patch.setattr(te, "wrong_device", lambda *_: None)
         calls = fake_transformer_engine.CALLS
     result = training.on_ranks(job, mixed_precision="bf16", **how)
     dist.destroy_process_group()

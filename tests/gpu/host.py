@@ -26,11 +26,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.processes import FSDP2, python_path, run_ranks
-from tests.gpu.several_cases import UNWRAPPED
+from tests.gpu.processes import run_ranks
+from tests.gpu.several import environment
+from tests.gpu.several_cases import Case
 
 SIZES = {"cuda": ("qwen3-30b-a3b", 4096, 12), "cpu": ("tiny", 32, 2)}
 """Shape, sequence and layers, by device."""
@@ -50,19 +52,16 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     shape, sequence, layers = SIZES[args.device]
-    environment = FSDP2 | {"PYTHONPATH": python_path(), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    if args.device == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    failed = False
+    failed, args.newer = False, None
     for case in args.cases:
         kind, arm = case.split("-")
-        own = {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"} if arm in UNWRAPPED else {}
-        job = {"kind": kind, "arm": arm, "gpus": args.gpus, "batch": 1, "layers": args.layers or layers}
+        measured = Case(kind, arm, args.gpus, 1, args.layers or layers)
+        job = asdict(measured)
         job |= {"shape": shape, "sequence": sequence, "warmup": WARMUP, "steps": STEPS, "device": args.device}
         job |= {"folder": str(args.out.resolve()), "checkpoint": ""}
         command = [sys.executable, "-c", f"from tests.gpu import host; host.rank({json.dumps(job)!r})"]
         with tempfile.TemporaryDirectory() as folder:
-            ended = run_ranks(command, args.gpus, environment | own, Path(folder), LIMIT_S)
+            ended = run_ranks(command, args.gpus, environment(measured, args), Path(folder), LIMIT_S)
         wrong = [at for at, code in enumerate(ended.codes) if code != 0]
         failed |= bool(wrong)
         print(f"{case} ({ended.seconds} s)", ended.outputs[wrong[0] if wrong else 0], sep="\n", flush=True)

@@ -12,7 +12,6 @@ A run is a case of `several.py` in fresh processes: steps of one run are alike, 
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu import several
-from tests.gpu.processes import ROOT
+from tests.gpu.processes import ROOT, python_path
 from tests.gpu.several_cases import ARMS, Case, largest_difference
 
 SIZES = {"cuda": ("qwen3-30b-a3b", 4096, 24, 10, 3), "cpu": ("tiny", 32, 2, 3, 1)}
@@ -54,7 +53,7 @@ def main() -> None:
                 times = ", ".join(f"{part['routing']} {part['ms']:.1f} ms" for part in row.get("parts", ()))
                 print(f"{side} {turn + 1}: {row['status']} {row.get('reason', '')} {times}", flush=True)
                 if args.out is not None:
-                    args.out.write_text(json.dumps(report, indent=1) + "\n")
+                    several.write(args.out, report)
     print("", *summary(runs), sep="\n")
     problems = wrong(runs, several.TOLERANCES[args.device])
     print("\n".join(f"WRONG  {each}" for each in problems) or "nothing failed, nothing disagrees")
@@ -88,8 +87,7 @@ def arguments() -> argparse.Namespace:
 
 def of_checkout(folder: Path) -> dict[str, str]:
     """Variables by which a rank computes with a checkout's code, wherever it is started."""
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    return {"PYTHONPATH": python_path(folder), "PYTHONSAFEPATH": "1"}
 
 
 def check(folder: Path, variables: Mapping[str, str]) -> None:

@@ -50,8 +50,6 @@ def package(monkeypatch):
     from moe_accel.kernels import te  # not for the tests that need no torch
     from tests import fake_transformer_engine
 
-    fake_transformer_engine.install(monkeypatch)
+    fake_transformer_engine.install_as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(te, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(te, "on_gpu", lambda values: True)
-    monkeypatch.setattr(te, "version", lambda: "2.20.2")
     return monkeypatch

@@ -88,10 +88,10 @@ def test_what_is_sent_and_in_which_order(of, dtype):
         assert rank in (choices[source] // num_local).tolist(), row
 
 
-@pytest.mark.parametrize(("wrong_of", "num_local"), [(1008, 7), (1001, 8)])  # sizes that no other test has: what is
-def test_a_count_that_is_compiled_wrong_is_noticed_and_not_used(
-    monkeypatch, wrong_of, num_local
-):  # right is remembered
+@pytest.mark.parametrize(("wrong_of", "num_local"), [(1008, 7), (1001, 8)])
+def test_a_count_that_is_compiled_wrong_is_noticed_and_not_used(monkeypatch, wrong_of, num_local):
+    """Of sizes that no other test has: what was found once is remembered."""
+
     def wrong(choices, *sizes):
         expected = plan.count_torch(choices, *sizes)
         return expected.ranks, expected.counts.roll(int(len(choices) == wrong_of), 0)
