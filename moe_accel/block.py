@@ -22,7 +22,7 @@ from moe_accel.kernels.device import HAS_TRITON, use_triton
 from moe_accel.kernels.rms_norm import normalise_torch, rms_norm
 from moe_accel.kernels.rope import rotate, rotate_torch
 from moe_accel.report import Choice
-from moe_accel.swap import become
+from moe_accel.swap import become, own_class
 
 ROTATION = "apply_rotary_pos_emb"
 ROUTERS = r"(Router|MoE\w*Gate)$"
@@ -140,7 +140,7 @@ def fuse_rotations(model: nn.Module) -> bool:
     """
     proven: dict[Any, bool] = {}
     for module in model.modules():
-        forward: Any = inspect.unwrap(type(module).forward)
+        forward: Any = inspect.unwrap(own_class(module).forward)  # pyright: ignore
         file = sys.modules.get(getattr(forward, "__module__", ""))
         if ROTATION not in getattr(getattr(forward, "__code__", None), "co_names", ()) or file is None:
             continue

@@ -41,6 +41,8 @@ class MoEOptions:
         async_save: write periodic checkpoints while training goes on, from a copy in host memory.
         padding_free: compute no padding in training where that changes no number (`auto`), or `off`.
         te_parts: what TransformerEngine computes under `kernels: te`, some of `TE_PARTS`; the rest is as `fused`.
+        cuda_graphs: record attention as CUDA graphs, for training with sequences of one length where the host is what
+            takes the time.
     """
 
     ep_size: int = 1
@@ -52,6 +54,7 @@ class MoEOptions:
     async_save: bool = False
     padding_free: str = "auto"
     te_parts: Sequence[str] = ("experts",)
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.te_parts, list):  # of yaml and JSON
@@ -83,8 +86,9 @@ class MoEOptions:
                 continue
             if value not in allowed:
                 found.append(f"{name}={value!r} must be one of {', '.join(allowed)}{_did_you_mean(value, allowed)}")
-        if not isinstance(self.async_save, bool):
-            found.append(f"async_save={self.async_save!r} must be true or false")
+        for name in ("async_save", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                found.append(f"{name}={getattr(self, name)!r} must be true or false")
         return found + list(self._problems_of_parts())
 
     def _problems_of_parts(self) -> Iterator[str]:

@@ -8,7 +8,6 @@
 Every hook is one line in `install`, acts only for accelerators that carry a `MoEConfig`, and leaves others alone.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,14 +18,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_accel import block, checkpoint, engine, experts, garbage, kept, lora, loss, padding, streaming
+from moe_accel import block, checkpoint, engine, experts, garbage, graphs, kept, loss, padding, streaming
 from moe_accel import optimizer as optimizers
 from moe_accel.dispatch import choose
 from moe_accel.errors import UnsupportedModelError
-from moe_accel.experts.gated import why_not_gated
 from moe_accel.experts.gathered import LEAST_PAIRS
 from moe_accel.hooks import wrap
 from moe_accel.kernels import te, te_parts
@@ -34,6 +32,7 @@ from moe_accel.mesh import check_experts
 from moe_accel.prefetch import prefetch_experts
 from moe_accel.report import Choice, Report, say
 from moe_accel.shard import restore_buffers, shard_experts, without_experts
+from moe_accel.told import told_of_general_path, told_of_lora, told_of_wrapping
 from moe_accel.versions import check_versions
 
 _installed: WeakKeyDictionary[Accelerator, list[Report]] = WeakKeyDictionary()
@@ -167,9 +166,9 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
     absent = forget_absent_layers(_unwrapped(model))
     kept_said = kept.keep(_unwrapped(model), config.kept_layers, accelerator)
 
-    parts, te_said = [], []
+    parts, te_said, computed = [], [], how_computed(accelerator, model)
     if config.kernels == "te":
-        parts, te_said = engine.choose(_unwrapped(model), config.te_parts, how_computed(accelerator, model))
+        parts, te_said = engine.choose(_unwrapped(model), config.te_parts, computed)
     kernels = choose_kernels(config.kernels, accelerator.device, parts)
     of_te = tuple(each for each in te_parts.OF_EXPERTS if each in parts)
     of_experts = "fused" if kernels.value == "te" and not of_te else kernels.value
@@ -206,6 +205,7 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
             *beside_said,
             *te_said,
             *engine.install(_unwrapped(model), parts),
+            *(record_attention(accelerator, _unwrapped(model), computed.compiled) if config.cuda_graphs else ()),
             *told_of_lora(kernels, model, accelerator.mixed_precision),
             *padding.told_of_attention(model),
             *told_of_wrapping(model, found, accelerator),
@@ -232,6 +232,7 @@ def shard_model(accelerator: Accelerator, model: nn.Module, stock: Callable) -> 
             if config.sparse_mesh["efsdp"].size() > 1:  # else there is nothing to gather
                 prefetch_experts(model)
     experts.join_adapters(model)
+    graphs.keep_in_place(model)
     return model
 
 
@@ -239,6 +240,11 @@ def read_whole_models(accelerator: Accelerator, models: list[nn.Module]) -> None
     """Without FSDP2 every rank needs all weights: those still in their files are read onto its device, one by one."""
     if models and not accelerator.is_fsdp2:
         streaming.read_all_onto(models, accelerator.device if accelerator.device_placement else torch.device("cpu"))
+
+
+def record_attention(accelerator: Accelerator, model: nn.Module, compiled: bool) -> list[str]:
+    """Let attention be recorded as CUDA graphs; lines for the report."""
+    return graphs.install(model, accelerator.device, compiled, accelerator.is_fsdp2)
 
 
 def choose_kernels(asked: str, device: torch.device, parts: Sequence[str] = ("experts",)) -> Choice:
@@ -292,55 +298,6 @@ def choose_rest(
         "loss": loss.install(model, accelerator.mixed_precision),
         "padding": padding.install(model, config.padding_free, _is_compiled_by(accelerator)),
     }
-
-
-def told_of_lora(kernels: Choice, model: nn.Module, precision: str) -> list[str]:
-    """Let LoRA on linear layers be computed in one function, where kernels are not asked to be as transformers has."""
-    if kernels.value == "reference":
-        return []
-    num_layers, reasons = lora.install(model, autocasts=precision in ("bf16", "fp16"))
-    rounded = precision == "no" and lora.num_rounded(model)
-    how = f", {rounded} with fp32 adapters multiplied in bf16" if rounded else ""
-    said = [f"LoRA on {num_layers} linear layers added into their products{how}"] if num_layers else []
-    return said + [f"LoRA on {num} linear layers computed by PEFT in training: {why}" for why, num in reasons.items()]
-
-
-def told_of_general_path(kernels: Choice, found: list[tuple[str, Any]]) -> list[str]:
-    """Lines for the report where experts are computed as separate operations, and why."""
-    if kernels.value == "reference":
-        return []
-    reasons = Counter(why for _, module in found if (why := why_not_gated(module)) is not None)
-    return [f"experts of {num} of {len(found)} layers as separate operations: {why}" for why, num in reasons.items()]
-
-
-GATHERED_BYTES = 6e9
-"""What a GPU has room for besides, in parameters and once more in their gradients."""
-
-
-def told_of_wrapping(model: nn.Module, found: list[tuple[str, Any]], accelerator: Accelerator) -> list[str]:
-    """Lines for the report: where FSDP2 gathers little, layer by layer, which takes the host longer than the GPU; and
-    where it knows no layers and is to checkpoint them."""
-    if not accelerator.is_fsdp2:
-        return []
-    config: Any = accelerator.parallelism_config
-    plugin: Any = accelerator.state.fsdp_plugin
-    if not kept.knows_layers(model, plugin):
-        by_transformers = (
-            "activation_checkpointing by transformers: accelerate knows no layers without an auto-wrap policy"
-        )
-        return [by_transformers] if plugin.activation_checkpointing else []
-    if accelerator.device.type != "cuda" or not config.ep_size == accelerator.num_processes > 1:
-        return []
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.activation_checkpointing_offload:
-        return []
-    of_experts = {parameter for _, module in found for _, parameter in experts.stacked_parameters(module)}
-    computed = None if accelerator.mixed_precision == "no" else 2
-    others = (each for each in model.parameters() if each not in of_experts)
-    gathered = sum(each.numel() * (computed or each.itemsize) for each in others)
-    if gathered > GATHERED_BYTES:
-        return []
-    at_once = f"would gather all but the experts, {gathered / 1e9:.1f} GB, at once and not layer by layer"
-    return [f"fsdp_auto_wrap_policy: NO_WRAP {at_once}: faster with few tokens a GPU"]
 
 
 def traffic(found: list[tuple[str, Any]]) -> choose.Traffic:

@@ -18,6 +18,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from moe_accel.swap import own_class
+
 ATTRIBUTE = "_moe_accel_siblings"
 """Where a layer has its `Siblings`."""
 
@@ -86,7 +88,7 @@ def introduce(model: nn.Module, kind: type) -> None:
     """Give those children of a module that are of `kind`, and called with the same variable there, their `Siblings`."""
     for module in model.modules():
         names = [name for name, each in module.named_children() if isinstance(each, kind)]
-        groups = called_alike(type(module), tuple(names)) if len(names) > 1 else ()
+        groups = called_alike(own_class(module), tuple(names)) if len(names) > 1 else ()
         for group in groups:
             layers = tuple(getattr(module, name) for name in group)
             siblings = Siblings(layers)

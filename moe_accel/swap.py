@@ -27,8 +27,11 @@ def become(module: Any, kind: type) -> None:
 
 
 def own_class(module: Any) -> type:
-    """The class that a module had before `become`."""
-    return getattr(type(module), "_moe_accel_own_class", type(module))
+    """The class that a module had before it was first given to `become`."""
+    kind = type(module)
+    while hasattr(kind, "_moe_accel_own_class"):
+        kind = kind._moe_accel_own_class
+    return kind
 
 
 @cache

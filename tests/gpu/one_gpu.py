@@ -1,11 +1,12 @@
 """One arm, one process, one GPU: a full fine-tuning step of Qwen3-30B-A3B's layer shapes, optimizer inside.
 
-usage      python tests/gpu/one_gpu.py native|compile|liger|moe_accel|reference
+usage      python tests/gpu/one_gpu.py native|compile|liger|moe_accel|graphs|reference
            [--layers 4] [--batch 4] [--sequence 4096]
 prints     one JSON line: ms per step (median of 10 after 4), tok/s, peak GiB, losses, and gradient norms of the first
            step by kind of parameter
 
-Same model, same weights, same tokens for every arm. `moe_accel` is `Accelerator(parallelism_config=MoEConfig())`.
+Same model, same weights, same tokens for every arm. `moe_accel` is `Accelerator(parallelism_config=MoEConfig())`,
+`graphs` with `cuda_graphs=True`.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def measured(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("arm", choices=["native", "compile", "liger", "moe_accel", "reference"])
+    parser.add_argument("arm", choices=["native", "compile", "liger", "moe_accel", "graphs", "reference"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=4096)
@@ -73,13 +74,14 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     if args.arm == "compile":
         model = torch.compile(model)
-    if args.arm in ("moe_accel", "reference"):
+    if args.arm in ("moe_accel", "graphs", "reference"):
         from accelerate import Accelerator
 
         from moe_accel import MoEConfig
 
         kernels = "reference" if args.arm == "reference" else "auto"
-        model, optimizer = Accelerator(parallelism_config=MoEConfig(kernels=kernels)).prepare(model, optimizer)
+        options = MoEConfig(kernels=kernels, cuda_graphs=args.arm == "graphs")
+        model, optimizer = Accelerator(parallelism_config=options).prepare(model, optimizer)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCABULARY, (args.batch, args.sequence), generator=generator).cuda()
 

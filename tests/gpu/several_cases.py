@@ -11,6 +11,7 @@ Arms, each of which is what a user would run:
     alltoall     moe-accel, ep_size N
     gathered     the same with `fsdp_reshard_after_forward: false`: all but the experts stay gathered until backward
     unwrapped    the same with `fsdp_auto_wrap_policy: NO_WRAP`: all but the experts, embeddings and head in one group
+    graphs       unwrapped, with `cuda_graphs: true`; `elastic_graphs` the same with DeepEP's ElasticBuffer
     compiled     unwrapped, with accelerate's regional compilation of layers by Inductor
     kept         alltoall with gradient checkpointing and `kept_layers: auto`: what one does where stock recomputes
     buffer       moe-accel, ep_size N, dispatcher deepep with `deep_ep.Buffer`; `elastic` with `ElasticBuffer`;
@@ -37,20 +38,23 @@ ARMS = (
     "alltoall",
     "gathered",
     "unwrapped",
+    "graphs",
     "compiled",
     "kept",
     "buffer",
     "elastic",
     "elastic_unwrapped",
+    "elastic_graphs",
     "stock_ram",
     "stock_mixed",
     "alltoall_mixed",
 )
 """In the order in which one is what the others are compared with: the first that ran."""
 
-DEEPEP = {"buffer": "buffer", "elastic": "elastic", "elastic_unwrapped": "elastic"}
+DEEPEP = {"buffer": "buffer", **dict.fromkeys(("elastic", "elastic_unwrapped", "elastic_graphs"), "elastic")}
 """Arms with DeepEP, and by which of its classes."""
-UNWRAPPED = ("unwrapped", "compiled", "elastic_unwrapped")
+GRAPHS = ("graphs", "elastic_graphs")
+UNWRAPPED = ("unwrapped", "compiled", "elastic_unwrapped", *GRAPHS)
 RECOMPUTED = ("stock_recompute", "kept")
 """Arms with gradient checkpointing."""
 NEWER = ("stock_newer", "native_ep")
@@ -117,7 +121,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
     add("parity", small, "one", "alltoall")
     add("full", one, "stock", "alltoall", "ep1")
     add("full", most, "alltoall", "stock_recompute", "kept")
-    add("full", one, "gathered", "unwrapped", "compiled")
+    add("full", one, "gathered", "unwrapped", "graphs", "compiled")
     add("full", four, "stock", "alltoall", "ep1")
     add("full", one, "native_ep")
     add("full", four, "native_ep")
@@ -125,7 +129,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
         add("parity", small, arm)
         add("full", one, arm)
         add("full", four, arm)
-    add("full", one, "elastic_unwrapped")
+    add("full", one, "elastic_unwrapped", "elastic_graphs")
     add("lora", one, "stock", "alltoall", "ep1", "unwrapped")
     add("lora", four, "stock", "alltoall", "ep1")
     add("full", most, "alltoall", "unwrapped", "ep1", "stock", "native_ep")

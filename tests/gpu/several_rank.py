@@ -23,7 +23,7 @@ from moe_accel.bench.measure import GIB
 from moe_accel.bench.options import Case
 from moe_accel.dispatch import deepep
 from moe_accel.ranks import gather
-from tests.gpu.several_cases import DEEPEP, RECOMPUTED, is_mixed
+from tests.gpu.several_cases import DEEPEP, GRAPHS, RECOMPUTED, is_mixed
 
 
 class Skip(Exception):
@@ -199,7 +199,8 @@ def accelerator_of(job: Job) -> Any:
     else:
         dispatcher = "deepep" if job.arm in DEEPEP else "alltoall"
         kept = "auto" if job.arm == "kept" else 0
-        config = MoEConfig(ep_size=1 if job.arm == "ep1" else job.gpus, dispatcher=dispatcher, kept_layers=kept)
+        sizes = {"ep_size": 1 if job.arm == "ep1" else job.gpus, "kept_layers": kept}
+        config = MoEConfig(dispatcher=dispatcher, cuda_graphs=job.arm in GRAPHS, **sizes)
         accelerator = Accelerator(mixed_precision=precision, parallelism_config=config)
     if job.gpus > 1 and not (accelerator.is_fsdp2 and accelerator.num_processes == job.gpus):
         raise RuntimeError(f"not FSDP2 on {job.gpus} ranks: {accelerator.distributed_type}")

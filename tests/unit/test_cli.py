@@ -144,7 +144,7 @@ def test_a_closed_pipe_ends_it_silently():
             "  - unknown key 'ep_sze' (did you mean 'ep_size'?)\n"
             "  - kernels='tee' must be one of auto, reference, fused, te (did you mean 'te'?)\n"
             "hint: the keys are ep_size, dispatcher, kernels, dp_replicate_size, kept_layers, save_layout, "
-            "async_save, padding_free, te_parts\n",
+            "async_save, padding_free, te_parts, cuda_graphs\n",
         ),
         (
             "distributed_type: FSDP\nnum_processes: 2\nmoe_config: {ep_size: 2}\n",
@@ -188,7 +188,8 @@ def test_a_section_counts_more_than_a_variable_left_in_the_shell_and_says_so(mon
     launch.export_section({"ep_size": 2}, config)
     exported = (
         '{"ep_size": 2, "dispatcher": "auto", "kernels": "auto", "dp_replicate_size": null, "kept_layers": 0, '
-        '"save_layout": "per-expert", "async_save": false, "padding_free": "auto", "te_parts": ["experts"]}'
+        '"save_layout": "per-expert", "async_save": false, "padding_free": "auto", "te_parts": ["experts"], '
+        '"cuda_graphs": false}'
     )
     assert os.environ["MOE_ACCEL_CONFIG"] == exported
     said = 'moe-accel: moe_config of the config file counts, not MOE_ACCEL_CONFIG={"ep_size": 4}\n'

@@ -38,7 +38,7 @@ def test_every_mistake_is_reported_at_once_with_what_was_probably_meant():
         "  - kernels='fussed' must be one of auto, reference, fused, te (did you mean 'fused'?)\n"
         "\n"
         "hint: the keys are ep_size, dispatcher, kernels, dp_replicate_size, kept_layers, save_layout, async_save, "
-        "padding_free, te_parts"
+        "padding_free, te_parts, cuda_graphs"
     )
 
 
@@ -178,4 +178,5 @@ def test_the_options_are_frozen():
         "async_save": False,
         "padding_free": "auto",
         "te_parts": ("experts",),
+        "cuda_graphs": False,
     }

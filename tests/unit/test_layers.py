@@ -26,6 +26,7 @@ LAYERS = [
     {
         "block",
         "engine",
+        "graphs",
         "kept",
         "lora",
         "loss",
@@ -37,6 +38,7 @@ LAYERS = [
         "metrics",
         "estimate",
     },
+    {"told"},
     {"plugin"},
     {"parallelism"},
     {"worker"},
@@ -154,6 +156,7 @@ def test_the_options_are_these_and_adding_one_is_a_decision():
         *saving,
         "padding_free",
         "te_parts",
+        "cuda_graphs",
     ) == OPTION_NAMES
     assert len(OPTION_NAMES) <= 12
 

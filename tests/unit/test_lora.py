@@ -8,9 +8,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from moe_accel import lora, plugin
+from moe_accel import lora
 from moe_accel.report import Choice
 from moe_accel.swap import own_class
+from moe_accel.told import told_of_lora
 from tests.families import randomise
 
 TOLERANCE = 90 * torch.finfo(torch.float32).eps  # see tests/dist/parity.py
@@ -225,11 +226,11 @@ def test_two_active_adapters_are_said():
 
 def test_the_report_names_what_stays_with_peft():
     kernels = Choice("fused", "asked for")
-    said = plugin.told_of_lora(kernels, layer(lora_dropout=0.05), "no")
+    said = told_of_lora(kernels, layer(lora_dropout=0.05), "no")
     assert said == ["LoRA on 1 linear layers computed by PEFT in training: lora_dropout"]
     plain = "LoRA on 1 linear layers added into their products"
-    assert plugin.told_of_lora(kernels, layer(), "no") == [plain]
-    assert plugin.told_of_lora(Choice("reference", "asked for"), layer(), "no") == []
+    assert told_of_lora(kernels, layer(), "no") == [plain]
+    assert told_of_lora(Choice("reference", "asked for"), layer(), "no") == []
     rounded = f"{plain}, 1 with fp32 adapters multiplied in bf16"
-    assert plugin.told_of_lora(kernels, in_bf16(), "no") == [rounded]
-    assert plugin.told_of_lora(kernels, in_bf16(), "bf16") == [plain], "as autocast does"
+    assert told_of_lora(kernels, in_bf16(), "no") == [rounded]
+    assert told_of_lora(kernels, in_bf16(), "bf16") == [plain], "as autocast does"

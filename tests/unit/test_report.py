@@ -9,8 +9,9 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from moe_accel import experts, plugin
+from moe_accel import experts
 from moe_accel.report import Choice, Report, say, short
+from moe_accel.told import told_of_wrapping
 from moe_accel.version import VERSION
 from tests.families import build_tiny
 
@@ -128,6 +129,6 @@ def test_what_is_gathered_and_checkpointed_by_layers_is_told(changed, told):
             )
         ),
     )
-    lines = plugin.told_of_wrapping(mixture, experts.find_experts(mixture), accelerator)
+    lines = told_of_wrapping(mixture, experts.find_experts(mixture), accelerator)
     assert len(lines) == (told is not None)
     assert all(told in line for line in lines)

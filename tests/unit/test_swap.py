@@ -133,3 +133,11 @@ def test_the_class_is_one_for_all_modules_and_looks_like_the_one_before():
     assert (type(one).__name__, type(one).__module__, repr(one)) == ("Linear", torch.nn.Linear.__module__,
             "Linear(in_features=2, out_features=2, bias=True)")  # fmt: skip
     assert own_class(one) is own_class(torch.nn.Linear(1, 1)) is torch.nn.Linear
+
+    class Negated(torch.nn.Linear):
+        def forward(self, input):
+            return -super().forward(input)
+
+    become(one, Negated)
+    assert torch.equal(one(x), -2 * expected)
+    assert own_class(one) is torch.nn.Linear

@@ -1,0 +1,241 @@
+"""Attention as CUDA graphs: two launches a layer and direction instead of some twenty, where the host takes the time.
+
+With sequences of one length an attention module gets the same shapes in every step. So it is computed as ever twice,
+and recorded in the third step, forward and backward, each as a graph of everything that is started for it. Later calls
+of the same kind copy their inputs to where the graph reads them, and start it. All else of a layer is as before:
+experts get other numbers of rows every time.
+
+A graph knows addresses and nothing else. What a call depends on besides its tensors is looked at every time: that
+parameters are those that were recorded, where they were, and wanted gradients or not, that nobody changed an attribute
+(PEFT turns adapters off by one), replaced a part or put a hook in. Anything else is computed as ever: another shape, a
+mask, packed sequences of other lengths, dropout, a cache, checkpointing, evaluation, a second forward before the first
+one's backward. What is recorded is played once beside the same computation without it, and used if it gives the same.
+
+FSDP2 frees gathered parameters and gathers them anew: `keep_in_place` leaves those of attention their memory.
+"""
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.module import _has_any_global_hook
+
+from moe_accel.graphs.calls import Given, Unusual, Watched, given
+from moe_accel.graphs.record import Recorder, Recording
+from moe_accel.report import short
+from moe_accel.swap import become
+
+CALLS = 2
+"""Calls of a kind, one after the other, that are computed as ever before it is recorded."""
+OTHER_CALLS = 50
+"""Calls of another kind, one after the other, for which what is recorded is recorded anew."""
+PASSED_BY = 10
+"""Calls that cannot be recorded, one after the other, before somebody is told."""
+RECORDINGS = 3
+"""Of one module, at most: where parameters move every time, graphs are not worth it."""
+
+
+class Graphs:
+    """Of one module: what was seen of its calls, and what is recorded.
+
+    Attributes:
+        recorder: of the model.
+        owner: reference to the module.
+        recording: what is recorded, of the kind of call that came three times in a row.
+        kind: of the last call.
+        calls: so many of this kind came one after the other, without a recording of it.
+        passed_by: so many came one after the other that cannot be recorded.
+        recorded: how often it was; more than `RECORDINGS` if it is given up.
+        gathered: FSDP2's objects for its parameters, which leave them their memory.
+    """
+
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
+        self.owner: Any = None
+        self.recording: Recording | None = None
+        self.kind: Any = None
+        self.calls = self.passed_by = self.recorded = 0
+        self.gathered: list[Any] = []
+
+    def __deepcopy__(self, memo: dict) -> "Graphs":
+        copied = memo[id(self)] = Graphs(memo.get(id(self.recorder)) or self.recorder.__deepcopy__(memo))
+        return copied
+
+    def __reduce__(self) -> tuple:
+        return Graphs, (self.recorder,)
+
+    def call(self, module: nn.Module, own: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output, played if that is as good."""
+        self.owner = self.owner or weakref.ref(module)
+        is_replica = self.owner() is not module  # of DataParallel, with the attributes of its model
+        if self.recorder.has_failed and self.gathered:
+            self._give_up()
+        if self.recorded > RECORDINGS or self.recorder.has_failed or is_replica:
+            return own(*args, **kwargs)
+        try:
+            _check_surroundings()
+            found = given(self.recorder.device_type, args, kwargs)
+        except Unusual as unusual:
+            self._pass_by(module, str(unusual))
+            return own(*args, **kwargs)
+        counts = self.recorder.sees(self)
+        if self.recording is not None and self.recording.era != self.recorder.era:
+            self._drop()
+        if counts and (self.recording is None or self.recording.kind != found.kind):
+            self._count(module, own, args, kwargs, found)
+        recording = self.recording
+        if recording is None or recording.kind != found.kind or recording.is_pending:
+            return own(*args, **kwargs)
+        if not (recording.watched.is_same(module) and self.recorder.may_play(recording)):
+            self.recorder.renew(recording)
+            self._drop()
+            return own(*args, **kwargs)
+        self.calls = self.passed_by = 0
+        return recording.play(found.tensors)
+
+    def _drop(self) -> None:
+        self.recording, self.calls = None, 0
+
+    def _count(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
+        """Of calls for which nothing is recorded: record, where they are alike."""
+        self.calls, self.kind = self.calls + 1 if found.kind == self.kind else 1, found.kind
+        if self.recording is not None:
+            if self.calls > OTHER_CALLS:
+                self.recorder.renew(self.recording)
+        elif self.calls > CALLS:
+            self._record(module, own, args, kwargs, found)
+        elif self.calls == 1:
+            self._pass_by(module, "calls of which no three are alike")
+
+    def _pass_by(self, module: nn.Module, reason: str) -> None:
+        """Say once of a model why nothing is recorded, where it goes on like this."""
+        self.passed_by += 1
+        if self.passed_by > PASSED_BY and self.recording is None and not self.recorder.has_told:
+            self.recorder.has_told = True
+            name = type(module).__name__
+            warnings.warn(f"{name} is computed without a CUDA graph so far, because of {reason}", stacklevel=2)
+
+    def _record(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
+        watched = Watched(module)
+        if not (watched.trained() or any(each.requires_grad for each in found.tensors)):
+            self.calls = -OTHER_CALLS  # nothing to train yet
+            return
+        self.recorded += 1
+        problem = watched.problem()
+        if self.recorded > RECORDINGS:
+            problem = "its calls overlap, or its parameters or attributes change, all the time"
+        if not problem:
+            try:
+                self.recording = Recording(self.recorder, watched, own, args, kwargs, found)
+            except (RuntimeError, Unusual) as error:
+                problem = str(error).strip().partition("\n")[0]
+        if problem:
+            self._give_up()
+            warnings.warn(f"{type(module).__name__} is computed without a CUDA graph: {problem}", stacklevel=2)
+
+    def _give_up(self) -> None:
+        self.recorded = RECORDINGS + 1
+        for parameter in self.gathered:
+            vars(parameter).pop("free_unsharded_param", None)
+        self.gathered.clear()
+
+
+def _check_surroundings() -> None:
+    """Raise Unusual where somebody looks at all modules, or drops, moves or makes anew what is saved for backward."""
+    internals: Any = torch._C
+    hooks = internals._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None or internals._current_graph_task_id() != -1:
+        raise Unusual("checkpointing, or other hooks on what is saved for backward")
+    if _has_any_global_hook():
+        raise Unusual("global hooks of modules")
+
+
+class Graphed(nn.Module):
+    """What an attention module does instead."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Played, where it is training as usual; else its own."""
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        return self._moe_accel_graphs.call(self, super().forward, args, kwargs)
+
+
+def install(model: nn.Module, device: torch.device, compiled: bool, gathers: bool) -> list[str]:
+    """Let the attention of one model be recorded; lines for the report.
+
+    Args:
+        model: of transformers.
+        device: where it is trained.
+        compiled: whether torch.compile is to compile it.
+        gathers: whether FSDP2 gathers its parameters.
+    """
+    if device.type != "cuda":
+        return ["no CUDA graphs: no GPU"]
+    if compiled:
+        return ["no CUDA graphs: torch.compile is to compile the model"]
+    found = record_attention(model, Recorder())
+    if not found:
+        return ["no CUDA graphs: no attention of transformers that is causal"]
+    leave_cache_out(model)
+    weights = sum(each.numel() for module in found for each in module.parameters())
+    stays = f"; FSDP2 leaves its {short(weights)} weights gathered" if gathers else ""
+    return [f"attention of {len(found)} layers as CUDA graphs, from the third of equal steps on{stays}"]
+
+
+def leave_cache_out(model: nn.Module) -> None:
+    """Let a model of transformers fill no cache in training unless it is asked to, which its config may by default."""
+    takes = inspect.signature(model.forward).parameters
+    known = "use_cache" in takes or any(each.kind == each.VAR_KEYWORD for each in takes.values())
+    if known and _without_cache not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+
+
+def _without_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Forward pre-hook."""
+    by_place = len(args) > 1 and "use_cache" in list(inspect.signature(model.forward).parameters)[: len(args)]
+    if model.training and torch.is_grad_enabled() and not by_place:
+        kwargs = {"use_cache": False} | kwargs
+    return args, kwargs
+
+
+def record_attention(model: nn.Module, recorder: Recorder) -> list[Any]:
+    """Let all attention modules of transformers that say they are causal be recorded; returns them."""
+    found: list[Any] = [module for module in model.modules() if getattr(module, "is_causal", None) is True]
+    found = [module for module in found if "forward" not in vars(module)]
+    for module in found:
+        vars(module).setdefault("_moe_accel_graphs", Graphs(recorder))
+        become(module, Graphed)
+    return found
+
+
+def keep_in_place(model: nn.Module) -> None:
+    """Let FSDP2 leave gathered parameters of recorded modules their memory, from one step to the next."""
+    graphs = {
+        part: vars(module)["_moe_accel_graphs"]
+        for module in model.modules()
+        if isinstance(module, Graphed)
+        for part in module.modules()
+    }
+    for module in model.modules():
+        for parameter in _gathered(module) if isinstance(module, FSDPModule) else ():
+            owner = graphs.get(parameter._module_info.module)
+            if owner is not None:
+                parameter.free_unsharded_param = _keep
+                owner.gathered.append(parameter)
+
+
+def _gathered(module: FSDPModule) -> Iterator[Any]:
+    """FSDP2's own objects for the parameters that a module gathers; torch 2.11 has them in one group."""
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for group in groups:
+        yield from group.fsdp_params if group is not None else ()
+
+
+def _keep() -> None:
+    """Instead of freeing."""

@@ -1,0 +1,350 @@
+"""Forward and backward of a module as two CUDA graphs, and autograd around them."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moe_accel.graphs.calls import Given, Unusual, Watched, kind_of, packed_in, with_tensors
+
+TOLERANCE = 1e-2
+"""Of a gradient's norm: cuDNN's attention adds in another order every time."""
+
+
+class Recorder:
+    """How the graphs of one model are recorded: in one pool of memory, by one stream beside torch's own.
+
+    Graphs are played one after the other on one stream. So memory that a graph needs no longer than until what it made
+    is copied is that of graphs recorded later, too: recorded tensors are let go of, and read by `borrow`. It may be
+    theirs for what they keep for backward. So no graph is played while the backward of one recorded later is to come:
+    layers are recorded in their order, played forward in it and backward in the reverse.
+
+    Attributes:
+        has_told: whether somebody was told why nothing is recorded.
+        has_failed: whether recording was ended by an error, after which nothing more is recorded.
+        era: changes when all that was recorded before is to be recorded anew, in later forwards of the model.
+    """
+
+    device_type = "cuda"
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: Any = None
+        self._alive: weakref.WeakSet[Recording] = weakref.WeakSet()
+        self.has_told, self.has_failed, self.era = False, False, 0
+        self._num_recorded = self._forwards = self._since = 0
+        self._called: weakref.WeakSet[Any] = weakref.WeakSet()  # in this forward of the model
+        # Those whose backward may come, in the order in which they were recorded. References: what has this has them.
+        self._waiting: list[weakref.ref[Recording]] = []
+        self._shared: dict[Any, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict) -> "Recorder":
+        copied = memo[id(self)] = type(self)()
+        return copied
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+    def number(self) -> int:
+        """Of the recording that is made now."""
+        self._num_recorded += 1
+        return self._num_recorded
+
+    def add(self, recording: "Recording") -> None:
+        """It may be played."""
+        self._alive.add(recording)
+
+    def sees(self, graphs: Any) -> bool:
+        """Whether a call of the module that has these counts: in the forward of the model in which all were let go of,
+        it does not, so that all are recorded in one forward again."""
+        if graphs in self._called:
+            self._called.clear()
+            self._forwards += 1
+        self._called.add(graphs)
+        return self._forwards >= self._since
+
+    def renew(self, recording: "Recording") -> None:
+        """Let all that was recorded with this one be recorded anew: by itself it would come after the others."""
+        if recording.era == self.era:
+            self.era, self._since = self.era + 1, self._forwards + 1
+
+    def may_play(self, recording: "Recording") -> bool:
+        """Whether no recorded forward is waiting for its backward that this one would take memory from."""
+        last = None
+        while self._waiting and ((last := self._waiting[-1]()) is None or not last.is_pending):
+            self._waiting.pop()
+        return not self._waiting or last is None or last.number < recording.number
+
+    def played_forward(self, recording: "Recording") -> None:
+        """Its backward may come now."""
+        self._waiting.append(weakref.ref(recording))
+
+    def plays_backward(self, recording: "Recording") -> None:
+        """What was recorded later can have no backward from now on."""
+        while self._waiting:
+            later = self._waiting[-1]()
+            if later is not None and later.number < recording.number:
+                break
+            self._waiting.pop()
+            if later is not None:
+                later.forget()
+
+    def shared(self, name: str, at: int, like: Tensor) -> Tensor:
+        """A tensor that all recordings have, for values that are needed for a moment."""
+        key = name, at, like.shape, like.dtype, like.device
+        if key not in self._shared:
+            self._shared[key] = torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False)
+        return self._shared[key]
+
+    def borrow(self, tensor: Tensor) -> Tensor:
+        """The same values at the same address, which does not keep the memory; the tensor itself if it has gaps."""
+        if not tensor.is_contiguous() or not tensor.numel():
+            return tensor
+        return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """On the stream that records."""
+        self._stream = self._stream or torch.cuda.Stream()
+        if not self._alive:  # torch does not record into a pool whose graphs are all gone
+            self._pool = torch.cuda.graph_pool_handle()
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """What starts again all that `work` starts on the GPU; and what `work` made, whose values then change."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as NCCL's, may go on with what this one must not do while it records.
+        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        try:
+            made = work()
+            graph.capture_end()
+        except BaseException:
+            self.has_failed = True
+            for end in (graph.capture_end, self._leave_pool, self._record_nothing):
+                with suppress(RuntimeError):  # what went wrong before is what the caller wants to know
+                    end()
+            raise
+        return graph.replay, made
+
+    def _leave_pool(self) -> None:
+        """What torch does at the end of a recording, unless that fails."""
+        internals: Any = torch._C
+        internals._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+
+    def _record_nothing(self) -> None:
+        """Let torch's random numbers be as outside of recordings again, which a failed one leaves as inside."""
+        graph, one = torch.cuda.CUDAGraph(), torch.ones(1, device="cuda")
+        graph.capture_begin(torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+        one.fill_(1)
+        graph.capture_end()
+
+    @contextmanager
+    def refusing_to_wait(self) -> Iterator[None]:
+        """Raise RuntimeError where the host waits for the GPU, which a recording cannot and is spoiled by."""
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+class _Memory:
+    """Of a tensor, as bytes, for what reads `__cuda_array_interface__`."""
+
+    def __init__(self, tensor: Tensor):
+        shape, data = (tensor.numel() * tensor.element_size(),), (tensor.data_ptr(), False)
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": "|u1", "data": data, "version": 3}
+
+
+class _Token:
+    """Alive as long as the backward of a forward may come."""
+
+
+class Recording:
+    """Of one module, for one kind of call.
+
+    What backward needs has memory of its own, which the recorded forward's part of autograd's graph holds here.
+
+    Attributes:
+        kind: of the calls that it can play.
+        watched: the module as it was.
+        number: how many were recorded before it, and it.
+        num_played: how often its forward was played.
+        era: of the recorder, when it was recorded.
+    """
+
+    def __init__(self, recorder: Recorder, watched: Watched, call: Callable, args: tuple, kwargs: dict, found: Given):
+        """Record `call`, and play it once beside the same computation without it.
+
+        Raises:
+            Unusual: nothing in it is trained, or its output is neither tensors nor plain.
+            RuntimeError: it does what a graph cannot, or what was played is something else.
+        """
+        self.kind, self.watched = found.kind, watched
+        self.num_played, self._turn = 0, None
+        self.number, self.era, self._recorder = recorder.number(), recorder.era, recorder
+        self._trained, self._pending = watched.trained(), None
+        self._call, self._autocast, self._device_type = call, found.autocast, recorder.device_type
+        self._inputs = [each.detach().clone().requires_grad_(each.requires_grad) for each in found.tensors]
+        args, items = with_tensors((args, tuple(kwargs.items())), iter(self._inputs))
+        self._given = args, dict(items)
+        self._packed = packed_in(args, dict(items))  # where their sequences begin is read from there
+        # The same memory under other names: autograd ties what accumulates a gradient to the stream of its first use.
+        self._aliases = {each: nn.Parameter(each.detach()) for each in self._trained}
+        self._sources = [each for each in (*self._inputs, *self._aliases.values()) if each.requires_grad]
+        if not self._sources:
+            raise Unusual("nothing to train")
+        with recorder.beside():
+            with recorder.refusing_to_wait():
+                self._made, self._outputs = self._compute()
+            generator = torch.Generator(self._inputs[0].device).manual_seed(0)
+            wanting = [each.detach() for each in self._outputs if each.requires_grad]
+            self._gradients = [recorder.shared("gradient", *each) for each in enumerate(wanting)]
+            for each in self._gradients:
+                each.normal_(generator=generator)
+            expected = [each.detach().clone() for each in self._outputs], self._differentiate()
+            self._forward, (self._made, self._outputs) = recorder.record(self._compute)
+            self._backward, self._found = recorder.record(self._differentiate)
+            self._wants = [each.requires_grad for each in self._outputs]
+            self._held = [each.grad_fn for each in self._outputs]
+            self._outputs = [recorder.borrow(each.detach()) for each in self._outputs]
+            self._found = [None if each is None else recorder.borrow(each) for each in self._found]
+            self._made = with_tensors(self._made, iter(self._outputs))
+            _spoil(self._outputs)
+            self._forward()
+            outputs = _owned(self._outputs)
+            _spoil([each for each in self._found if each is not None])
+            self._backward()
+            self._check(outputs, *expected)
+            self._check_that_nothing_gives_nothing()
+        recorder.add(self)
+        del self._call, self._given  # of the module itself, which has this
+
+    def _compute(self) -> tuple[Any, list[Tensor]]:
+        args, kwargs = self._given
+        on, dtype = self._autocast
+        outputs: list[Tensor] = []
+        # Casts are recorded, not remembered: autocast's cache is of another moment.
+        autocast = torch.autocast(self._device_type, dtype, enabled=on, cache_enabled=False)
+        with self.watched.replaced(self._aliases), torch.enable_grad(), autocast:
+            made = self._call(*args, **kwargs)
+        kind_of(made, outputs)
+        return made, outputs
+
+    def _differentiate(self) -> list[Tensor | None]:
+        """The gradients of inputs and parameters that want one, in this order."""
+        wanting = [each for each in self._outputs if each.requires_grad]
+        return list(torch.autograd.grad(wanting, self._sources, self._gradients, allow_unused=True, retain_graph=True))
+
+    def _check(self, played: list[Tensor], outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
+        agree = all(map(torch.equal, played, outputs))
+        for found, expected in zip(self._found, gradients, strict=True):
+            if found is None or expected is None:
+                agree = agree and found is expected
+            else:
+                difference, norm = (each.float().norm() for each in (found - expected, expected))
+                agree = agree and bool(difference <= TOLERANCE * norm)
+        if not agree:
+            raise RuntimeError("what was recorded is not what the module computes")
+
+    def _check_that_nothing_gives_nothing(self) -> None:
+        """What is added by mistake, as what lay in memory before, may be small beside the gradients of the check."""
+        for each in self._gradients:
+            each.zero_()
+        self._backward()
+        if any(bool(each.any()) for each in self._found if each is not None):
+            raise RuntimeError("what was recorded gives gradients where there is none")
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the backward of the last forward may still come: until then its values must stay."""
+        return self._pending is not None and self._pending() is not None
+
+    def forget(self) -> None:
+        """Let no backward come for what was played."""
+        self._turn = None
+
+    def play(self, tensors: Sequence[Tensor]) -> Any:
+        """The module's output for such tensors."""
+        outputs: Any = _Play.apply(self, len(tensors), *tensors, *self._trained)
+        return with_tensors(self._made, iter(outputs))
+
+    def forward(self, tensors: Sequence[Tensor], token: _Token) -> tuple[int, list[Tensor], list[bool]]:
+        """Play it.
+
+        Args:
+            tensors: for the recorded ones.
+            token: lives until backward is over, or cannot come.
+
+        Returns:
+            The turn that this is; the outputs, which are the caller's own; and whether each has a gradient.
+        """
+        _copy([each.detach() for each in self._inputs], tensors)
+        self._forward()
+        self.num_played += 1
+        self._turn, self._pending = self.num_played, weakref.ref(token)
+        self._recorder.played_forward(self)
+        return self.num_played, _owned(self._outputs), self._wants
+
+    def backward(self, turn: int, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of inputs, then of parameters, which are the caller's own; None where there is none.
+
+        Raises:
+            RuntimeError: it was played for that turn before, or what it needs was replaced.
+        """
+        if turn != self._turn:
+            raise RuntimeError(
+                "cuda_graphs: the values that this backward needs are gone: a forward has one backward "
+                "(no retain_graph=True), before the next forward\n"
+                "hint: moe_config: {cuda_graphs: false}"
+            )
+        self._recorder.plays_backward(self)  # as earlier layers will
+        wanted = [one for one, wants in zip(gradients, self._wants, strict=True) if wants]
+        _copy(self._gradients, wanted)
+        self._backward()
+        own = iter(_owned([each for each in self._found if each is not None]))
+        found = iter([None if each is None else next(own) for each in self._found])
+        return [next(found) if each.requires_grad else None for each in (*self._inputs, *self._trained)]
+
+
+class _Play(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.recording, ctx.token = recording, _Token()
+        ctx.turn, outputs, wanting = recording.forward(tensors[:num_inputs], ctx.token)
+        ctx.mark_non_differentiable(*(each for each, wants in zip(outputs, wanting, strict=True) if not wants))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.token = None
+        return None, None, *ctx.recording.backward(ctx.turn, gradients)
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for dtype in {each.dtype for each in targets}:  # one kernel each
+        pairs = [(one, other) for one, other in zip(targets, sources, strict=True) if one.dtype == dtype]
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            [one for one, _ in pairs], [other for _, other in pairs]
+        )
+
+
+def _spoil(tensors: Sequence[Tensor]) -> None:
+    for each in tensors:
+        each.fill_(torch.nan if each.is_floating_point() else 1)
+
+
+def _owned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(each) for each in tensors]
+    _copy(copies, [each.detach() for each in tensors])
+    return copies

@@ -1,0 +1,72 @@
+"""`cuda_graphs` on several ranks: training is what it is without, bit for bit, however FSDP2 gathers.
+
+With what stands for graphs (`pretended_graphs.py`); real ones: `tests/gpu/test_graphs.py`, and `several.py`.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from moe_accel import graphs
+from tests import pretended_graphs
+from tests.dist import training
+from tests.dist.ranks import run_ranks, with_moe_config
+from tests.dist.training import SEQUENCE, Job
+
+TWO_RANKS = (SEQUENCE,) * 2
+LORA = (("r", 4), ("target_modules", ["q_proj", "v_proj"]))
+JOBS = {
+    "plain": (Job(lengths=TWO_RANKS, num_steps=6), {}, {}),
+    "unwrapped": (Job(lengths=TWO_RANKS, num_steps=6), {}, {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}),
+    "gathered": (Job(lengths=TWO_RANKS, num_steps=6), {}, {"FSDP_RESHARD_AFTER_FORWARD": "false"}),
+    "mixed": (Job(lengths=TWO_RANKS, num_steps=6), {"mixed_precision": "bf16"}, {}),
+    "accumulating": (Job(lengths=TWO_RANKS, num_steps=4, accumulate=2), {}, {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}),
+    "adapters": (Job(lengths=TWO_RANKS, num_steps=6, lora=LORA), {}, {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}),
+    "checkpointing": (Job(lengths=TWO_RANKS, num_steps=5), {"gradient_checkpointing": "non-reentrant"}, {}),
+}
+
+
+def before_fork(job, **_):
+    training.before_fork(job)
+
+
+def trained(job, recorded, **how):
+    played = []
+    patch = pytest.MonkeyPatch()
+    if recorded:
+        pretended_graphs.pretend(patch)
+        forward = graphs.Recording.forward
+
+        def counted(self, tensors, token):
+            played.append(self.number)
+            return forward(self, tensors, token)
+
+        patch.setattr(graphs.Recording, "forward", counted)
+    result = training.on_ranks(job, **how)
+    dist.destroy_process_group()
+    return result, played
+
+
+@functools.cache
+def without(name, ep_size):
+    job, how, variables = JOBS[name]
+    launch = with_moe_config(ep_size=ep_size) | variables
+    return run_ranks(trained, 2, launch, job=job, recorded=False, **how)
+
+
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_training_is_what_it_is_without(name, ep_size):
+    job, how, variables = JOBS[name]
+    launch = with_moe_config(ep_size=ep_size, cuda_graphs=True) | variables
+    found = run_ranks(trained, 2, launch, job=job, recorded=True, **how)
+    forwards = job.num_steps * job.accumulate - graphs.CALLS
+    for (ours, played), (theirs, none) in zip(found, without(name, ep_size), strict=True):
+        assert not none
+        assert played == ([] if name in ("checkpointing", "adapters") else [1, 2] * forwards)
+        assert (ours.losses, ours.norms) == (theirs.losses, theirs.norms)
+        assert ours.weights.keys() == theirs.weights.keys()
+        for key, expected in theirs.weights.items():
+            assert torch.equal(ours.weights[key], expected), key

@@ -1,0 +1,111 @@
+"""Attention as CUDA graphs trains as it does without, on a GPU.
+
+run: python3 -m pytest -q -m gpu tests/gpu/test_graphs.py -c /dev/null --rootdir .
+"""
+
+import copy
+
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+from moe_accel import MoEConfig, graphs
+from tests import graphs as cases
+from tests.families import build_tiny
+from tests.graphs import EXACT
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "olmoe", "qwen3_next", "granitemoe"]
+MODES = {"fp32": (torch.float32, "no"), "bf16": (torch.bfloat16, "no"), "mixed": (torch.float32, "bf16")}
+"""Dtypes of weights, and mixed precision."""
+TOLERANCES = {"fp32": EXACT, "bf16": 2e-2, "mixed": 2e-2}
+
+
+def prepared(model, precision="no", **options):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision, parallelism_config=MoEConfig(**options))
+    return accelerator.prepare(model)
+
+
+def pair(family="qwen3_moe", mode="fp32", lora=None):
+    dtype, precision = MODES[mode]
+    model = build_tiny(family, dtype)
+    if lora is not None:
+        model = peft.get_peft_model(model, peft.LoraConfig(**lora))
+    return prepared(copy.deepcopy(model), precision, cuda_graphs=True), prepared(model, precision)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_trains_as_without(family, mode):
+    cases.trains_as_without(pair, family, TOLERANCES[mode], mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_train_as_without(mode):
+    lora = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "init_lora_weights": False}
+    model, twin = pair("qwen3_moe", mode, lora)
+    with cases.told() as said:
+        for step in range(5):
+            cases.change_both(model, twin, step)
+            given = cases.batch(model, step)
+            cases.assert_same(cases.trained(model, given), cases.trained(twin, given), TOLERANCES[mode])
+    assert sum(each.endswith("without a CUDA graph: adapters in it") for each in said) == 2
+
+
+@pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.__name__)
+def test_that(case):
+    case(pair)
+
+
+@pytest.mark.parametrize("change", cases.CHANGES)
+def test_a_change_is_seen(change):
+    cases.a_change_is_seen(pair, change)
+
+
+class Waits(nn.Module):
+    """Attention that waits for the GPU, with a number in return or without."""
+
+    is_causal = True
+
+    def __init__(self, reads):
+        super().__init__()
+        self.inner, self.reads = nn.Linear(8, 8), reads
+
+    def forward(self, x):
+        if self.reads:
+            return self.inner(x) * (1 if x.sum().item() > 0 else 2)
+        torch.cuda.synchronize()
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_what_waits_for_the_gpu_is_not_recorded_and_nothing_else_suffers(reads):
+    layers = nn.Sequential(Waits(reads), Waits(reads)).cuda()
+    recorder = graphs.Recorder()
+    assert len(graphs.record_attention(layers, recorder)) == 2
+    with cases.told() as said:
+        for _ in range(5):
+            layers(torch.ones(4, 8, device="cuda", requires_grad=True)).sum().backward()
+    assert recorder.has_failed is not reads
+    assert sum(each.startswith("Waits is computed without a CUDA graph: ") for each in said) == 1 + reads
+    assert torch.cuda.get_sync_debug_mode() == 0
+    first, second = torch.rand(2, 4, device="cuda")
+    assert not torch.equal(first, second)
+    stream, allocated = torch.cuda.Stream(), torch.cuda.memory_allocated()
+    for _ in range(3):
+        block = torch.ones(1 << 20, device="cuda")
+        block.record_stream(stream)
+        del block
+    torch.cuda.synchronize()
+    torch.ones(1, device="cuda")
+    assert torch.cuda.memory_allocated() < allocated + (1 << 20)
+    model, twin = pair()
+    for step in range(4):
+        cases.assert_same(*(cases.trained(each, cases.batch(model, step)) for each in (model, twin)))
+    assert cases.turns(model) == [2, 2]

@@ -1,0 +1,323 @@
+"""Attention as CUDA graphs, where there is no GPU: with what stands for a graph (`pretended_graphs.py`)."""
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from moe_accel import graphs
+from tests import graphs as cases
+from tests.families import available_families, build_tiny
+from tests.graphs import batch, told, trained, turns
+from tests.pretended_graphs import Pretended
+
+
+def pair(family="qwen3_moe", dtype=torch.float32):
+    model = build_tiny(family, dtype)
+    twin = copy.deepcopy(model)
+    assert graphs.record_attention(model, Pretended())
+    for each in (model, twin):
+        graphs.leave_cache_out(each)
+    return model, twin
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe", "qwen3_next", "granitemoe", "qwen3_vl_moe"])
+def test_trains_as_without(family):
+    cases.trains_as_without(pair, family)
+
+
+@pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.__name__)
+def test_that(case):
+    case(pair)
+
+
+@pytest.mark.filterwarnings("ignore:.*because of calls of which no three are alike|.*without a CUDA graph. hooks, or")
+@pytest.mark.parametrize("change", cases.CHANGES)
+def test_a_change_is_seen(change):
+    cases.a_change_is_seen(pair, change)
+
+
+class Attends(nn.Module):
+    """As attention is called, small; what it gives is what its last operation keeps for backward."""
+
+    is_causal = True
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.inner, self.dropout = nn.Linear(8, 8), dropout
+
+    def forward(self, x, mask=None, **kwargs):
+        return self.inner(x).tanh(), mask
+
+
+def chain(num_layers=2, recorder=None, **options):
+    torch.manual_seed(0)
+    layers = nn.ModuleList(Attends(**options) for _ in range(num_layers))
+    twin = copy.deepcopy(layers)
+    graphs.record_attention(layers, recorder or Pretended())
+    return layers, twin
+
+
+def gradients(layers, order, x):
+    layers.zero_grad()
+    for at in order:
+        x = layers[at](x)[0]
+    x.square().sum().backward()
+    return [each.grad.clone() for each in layers.parameters()]
+
+
+def rows(seed, length=3):
+    return torch.randn(length, 8, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def test_layers_that_change_their_order_are_recorded_anew():
+    layers, twin = chain(3)
+    for step, order in enumerate([(0, 1, 2)] * 4 + [(0, 2, 1)] * 5):
+        assert all(map(torch.equal, gradients(layers, order, rows(step)), gradients(twin, order, rows(step)))), step
+    assert turns(layers) == [2, 2, 2]
+
+
+def test_a_layer_that_others_took_memory_from_has_no_backward():
+    layers, _ = chain()
+    for step in range(3):
+        gradients(layers, (0, 1), rows(step))
+    first, _ = layers[0](rows(4))
+    second, _ = layers[1](first.detach().requires_grad_())
+    first.sum().backward()
+    with pytest.raises(RuntimeError, match=r"^cuda_graphs: "):
+        second.sum().backward()
+
+
+@pytest.mark.parametrize("step", range(2, 6))
+def test_weights_and_inputs_may_need_no_gradient(step):
+    layers, twin = chain()
+    for each in (layers, twin):
+        each[0].inner.weight.requires_grad_(False)
+        each[1].inner.bias.requires_grad_(False)
+    for at in range(step):
+        for each in (layers, twin):
+            each.zero_grad()
+            each[1](each[0](rows(at).detach())[0])[0].sum().backward()
+    found, expected = ([each.grad for each in both.parameters()] for both in (layers, twin))
+    assert [each is None for each in found] == [each is None for each in expected] == [True, False, False, True]
+    assert all(torch.equal(*each) for each in zip(found, expected, strict=True) if each[0] is not None)
+
+
+def test_what_has_nothing_to_train_is_recorded_when_it_has():
+    layers, twin = chain(1)
+    layers.requires_grad_(False)
+    with told() as said:
+        for step in range(5):
+            assert torch.equal(layers[0](rows(step).detach())[0], twin[0](rows(step))[0])
+        layers.requires_grad_()
+        for step in range(graphs.OTHER_CALLS + 6):
+            assert all(map(torch.equal, gradients(layers, (0,), rows(step)), gradients(twin, (0,), rows(step))))
+    assert not said
+    assert turns(layers)[0] > 0
+
+
+HOOKED = "hooks, or another forward, inside of attention"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda layers: setattr(layers[0], "dropout", 0.1), "dropout"),
+        (lambda layers: setattr(layers[0], "inner", nn.Sequential(layers[0].inner, nn.Dropout(0.1))), "dropout"),
+        (lambda layers: layers[0].inner.register_forward_hook(lambda *given: None), HOOKED),
+    ],
+)
+def test_it_is_told_once_what_is_not_recorded(spoil, why):
+    layers, _ = chain()
+    spoil(layers)
+    with told() as said:
+        for step in range(8):
+            gradients(layers, (0, 1), rows(step))
+    assert said == [f"Attends is computed without a CUDA graph: {why}"]
+    assert turns(layers) == [None, 6]
+
+
+def test_calls_with_something_else_are_told_once():
+    layers, _ = chain()
+    with told() as said:
+        for _ in range(15):
+            for layer in layers:
+                layer(rows(0), mask=object())
+    assert said == ["Attends is computed without a CUDA graph so far, because of object"]
+
+
+def test_calls_that_are_never_alike_are_told_once():
+    layers, _ = chain()
+    with told() as said:
+        for at in range(15):
+            for layer in layers:
+                layer(rows(0), mask=at)
+    assert said == ["Attends is computed without a CUDA graph so far, because of calls of which no three are alike"]
+
+
+def test_calls_of_another_kind_are_recorded_when_they_stay():
+    layers, twin = chain()
+    for step in range(3 + graphs.OTHER_CALLS + 6):
+        length = 3 if step < 3 else 5
+        found, expected = (gradients(each, (0, 1), rows(step, length)) for each in (layers, twin))
+        assert all(map(torch.equal, found, expected))
+    assert turns(layers) == [3, 3]
+
+
+class Wrong(Pretended):
+    """Plays something else."""
+
+    def record(self, work):
+        play, made = super().record(work)
+
+        def other():
+            play()
+            for each in self.made.values():
+                each[-1].mul_(1.1)
+
+        return other, made
+
+
+class Adds(Pretended):
+    """Something small to every gradient."""
+
+    def record(self, work):
+        play, made = super().record(work)
+        if work.__name__ == "_compute":
+            return play, made
+
+        def other():
+            play()
+            for each in made:
+                if each is not None:
+                    each.add_(1e-4)
+
+        return other, made
+
+
+class Fails(Pretended):
+    """After which nobody records."""
+
+    def record(self, work):
+        self.has_failed = True
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+@pytest.mark.parametrize(
+    ("recorder", "why"),
+    [
+        (Wrong, "what was recorded is not what the module computes"),
+        (Fails, "operation not permitted when stream is capturing"),
+    ],
+)
+def test_what_is_recorded_wrong_or_cannot_be_is_not_used(recorder, why):
+    layers, twin = chain(recorder=recorder())
+    with told() as said:
+        for step in range(5):
+            assert all(map(torch.equal, gradients(layers, (0, 1), rows(step)), gradients(twin, (0, 1), rows(step))))
+    assert said == [f"Attends is computed without a CUDA graph: {why}"] * (1 if recorder is Fails else 2)
+    assert not any(turns(layers))
+
+
+def test_parameters_that_move_all_the_time_are_given_up():
+    layers, twin = chain()
+    with told() as said:
+        for step in range(16):
+            for each in (layers, twin):
+                each[0].inner.weight.data = each[0].inner.weight.data.clone()
+            assert all(map(torch.equal, gradients(layers, (0, 1), rows(step)), gradients(twin, (0, 1), rows(step))))
+    why = "its calls overlap, or its parameters or attributes change, all the time"
+    assert said == [f"Attends is computed without a CUDA graph: {why}"] * 2
+
+
+def test_a_model_goes_when_nobody_has_it():
+    layers, _ = chain()
+    for step in range(4):
+        gradients(layers, (0, 1), rows(step))
+    assert turns(layers) == [2, 2]
+    layers[1](layers[0](rows(4))[0])  # waits for its backward
+    held = layers[0], layers[0].inner.weight, vars(layers[0])["_moe_accel_graphs"].recorder
+    gone = [weakref.ref(each) for each in held]
+    gc.disable()
+    try:
+        del layers, held
+        assert [each() for each in gone] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copy_records_for_itself(copied):
+    layers, twin = chain()
+    for step in range(4):
+        gradients(layers, (0, 1), rows(step))
+    other = copied(layers)
+    assert (turns(layers), turns(other)) == ([2, 2], [0, 0])
+    own, others = (vars(each[0])["_moe_accel_graphs"].recorder for each in (layers, other))
+    assert own is not others is vars(other[1])["_moe_accel_graphs"].recorder
+    assert list(other.state_dict()) == list(twin.state_dict())
+    for step in range(4):
+        assert all(map(torch.equal, gradients(other, (0, 1), rows(step)), gradients(twin, (0, 1), rows(step))))
+    assert (turns(layers), turns(other)) == ([2, 2], [2, 2])
+
+
+def test_attention_with_adapters_is_computed_as_ever():
+    peft = pytest.importorskip("peft")
+    made = []
+    for record in (True, False):
+        model = build_tiny("qwen3_moe")
+        if record:
+            graphs.record_attention(model, Pretended())
+        graphs.leave_cache_out(model)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        made.append(peft.get_peft_model(model, config))
+    with told() as said:
+        for step in range(5):
+            cases.assert_same(*(trained(model, batch(model, step)) for model in made))
+    assert turns(made[0]) == [None, None]
+    assert [each for each in said if "CUDA" in each] == [
+        "Qwen3MoeAttention is computed without a CUDA graph: adapters in it"
+    ] * 2
+
+
+def test_a_dict_that_is_replaced_is_seen():
+    layers, _ = chain()
+    for layer in layers:
+        layer.inner.scaling = {"default": 1.0}
+    for step in range(4):
+        gradients(layers, (0, 1), rows(step))
+    assert turns(layers) == [2, 2]
+    layers[0].inner.scaling = {"default": 0.5}
+    gradients(layers, (0, 1), rows(4))
+    assert turns(layers) == [0, 0]
+
+
+def test_use_cache_may_be_given_by_place():
+    model = build_tiny("qwen3_moe")
+    graphs.leave_cache_out(model)
+    index = batch(model, 0)["input_ids"]
+    assert model(index).past_key_values is None
+    assert model(index, use_cache=True).past_key_values is not None
+    assert model(index, None, None, None, None, None, True).past_key_values is not None
+    assert model.eval()(index).past_key_values is not None
+
+
+@pytest.mark.parametrize("family", sorted(available_families()))
+def test_every_family_trains_as_without(family):
+    """Also those whose attention gets something that is not recorded."""
+    model = build_tiny(family)
+    twin = copy.deepcopy(model)
+    graphs.record_attention(model, Pretended())
+    for each in (model, twin):
+        graphs.leave_cache_out(each)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*CUDA graph so far, because of (a mask|dict|UserDict)")
+        for step in range(5):
+            given = batch(model, step, 13, family)
+            cases.assert_same(trained(model, given), trained(twin, given))
