@@ -34,7 +34,9 @@ class Recorder:
     def __init__(self) -> None:
         self._pool: Any = None
         self._stream: Any = None
-        self._alive: weakref.WeakSet[Recording] = weakref.WeakSet()
+        self._graphs: list[Any] = []  # of this era: torch takes from all of a stream what they share when one goes
+        self._recorded_era = -1
+        self._played_on: int | None = None
         self.has_told, self.has_failed, self.era = False, False, 0
         self._num_recorded = self._forwards = self._since = 0
         self._called: weakref.WeakSet[Any] = weakref.WeakSet()  # in this forward of the model
@@ -54,10 +56,6 @@ class Recorder:
         self._num_recorded += 1
         return self._num_recorded
 
-    def add(self, recording: "Recording") -> None:
-        """It may be played."""
-        self._alive.add(recording)
-
     def sees(self, graphs: Any) -> bool:
         """Whether a call of the module that has these counts: in the forward of the model in which all were let go of,
         it does not, so that all are recorded in one forward again."""
@@ -66,6 +64,11 @@ class Recorder:
             self._forwards += 1
         self._called.add(graphs)
         return self._forwards >= self._since
+
+    def is_for(self, stream: int | None) -> bool:
+        """Whether what is recorded is played on this stream: one for all."""
+        self._played_on = stream if self._played_on is None else self._played_on
+        return stream == self._played_on
 
     def renew(self, recording: "Recording") -> None:
         """Let all that was recorded with this one be recorded anew: by itself it would come after the others."""
@@ -109,9 +112,10 @@ class Recorder:
     @contextmanager
     def beside(self) -> Iterator[None]:
         """On the stream that records."""
-        self._stream = self._stream or torch.cuda.Stream()
-        if not self._alive:  # torch does not record into a pool whose graphs are all gone
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._recorded_era != self.era:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._recorded_era = self.era
+            self._graphs.clear()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -132,6 +136,7 @@ class Recorder:
                 with suppress(RuntimeError):  # what went wrong before is what the caller wants to know
                     end()
             raise
+        self._graphs.append(graph)
         return graph.replay, made
 
     def _leave_pool(self) -> None:
@@ -203,6 +208,8 @@ class Recording:
         self._sources = [each for each in (*self._inputs, *self._aliases.values()) if each.requires_grad]
         if not self._sources:
             raise Unusual("nothing to train")
+        if not recorder.is_for(found.stream):
+            raise Unusual("another stream")
         with recorder.beside():
             with recorder.refusing_to_wait():
                 self._made, self._outputs = self._compute()
@@ -226,7 +233,6 @@ class Recording:
             self._backward()
             self._check(outputs, *expected)
             self._check_that_nothing_gives_nothing()
-        recorder.add(self)
         del self._call, self._given  # of the module itself, which has this
 
     def _compute(self) -> tuple[Any, list[Tensor]]:
