@@ -205,7 +205,11 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
             *beside_said,
             *te_said,
             *engine.install(_unwrapped(model), parts),
-            *(record_attention(accelerator, _unwrapped(model), computed.compiled) if config.cuda_graphs else ()),
+            *(
+                graphs.install(_unwrapped(model), accelerator.device, computed.compiled, computed.by_fsdp2)
+                if config.cuda_graphs
+                else ()
+            ),
             *told_of_lora(kernels, model, accelerator.mixed_precision),
             *padding.told_of_attention(model),
             *told_of_wrapping(model, found, accelerator),
@@ -240,11 +244,6 @@ def read_whole_models(accelerator: Accelerator, models: list[nn.Module]) -> None
     """Without FSDP2 every rank needs all weights: those still in their files are read onto its device, one by one."""
     if models and not accelerator.is_fsdp2:
         streaming.read_all_onto(models, accelerator.device if accelerator.device_placement else torch.device("cpu"))
-
-
-def record_attention(accelerator: Accelerator, model: nn.Module, compiled: bool) -> list[str]:
-    """Let attention be recorded as CUDA graphs; lines for the report."""
-    return graphs.install(model, accelerator.device, compiled, accelerator.is_fsdp2)
 
 
 def choose_kernels(asked: str, device: torch.device, parts: Sequence[str] = ("experts",)) -> Choice:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from moe_accel.graphs import RECORDINGS
 from tests.families import tiny_inputs, tiny_loss
 
 EXACT = 1e-5
@@ -69,8 +70,9 @@ def change_both(model, twin, seed):
 
 def turns(model):
     """How often what is recorded of each layer was played; None: it never will be."""
-    graphs = [vars(each)["_moe_accel_graphs"] for each in model.modules() if "_moe_accel_graphs" in vars(each)]
-    return [each.recording.num_played if each.recording else None if each.recorded > 3 else 0 for each in graphs]
+    found = [vars(each)["_moe_accel_graphs"] for each in model.modules() if "_moe_accel_graphs" in vars(each)]
+    unplayed = [None if each.recorded > RECORDINGS else 0 for each in found]
+    return [each.recording.num_played if each.recording else none for each, none in zip(found, unplayed, strict=True)]
 
 
 def trains_as_without(pair: Pair, family, tolerance=EXACT, **how):

@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import _has_any_global_hook
 
+from moe_accel.experts.replay import in_backward
 from moe_accel.graphs.calls import Given, Unusual, Watched, given
 from moe_accel.graphs.record import Recorder, Recording
 from moe_accel.report import short
@@ -149,7 +150,7 @@ def _check_surroundings() -> None:
     """Raise Unusual where somebody looks at all modules, or drops, moves or makes anew what is saved for backward."""
     internals: Any = torch._C
     hooks = internals._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None or internals._current_graph_task_id() != -1:
+    if hooks is not None or in_backward():
         raise Unusual("checkpointing, or other hooks on what is saved for backward")
     if _has_any_global_hook():
         raise Unusual("global hooks of modules")

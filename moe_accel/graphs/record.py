@@ -42,7 +42,7 @@ class Recorder:
         self._called: weakref.WeakSet[Any] = weakref.WeakSet()  # in this forward of the model
         # Those whose backward may come, in the order in which they were recorded. References: what has this has them.
         self._waiting: list[weakref.ref[Recording]] = []
-        self._shared: dict[Any, Tensor] = {}
+        self._gradients: dict[Any, Tensor] = {}
 
     def __deepcopy__(self, memo: dict) -> "Recorder":
         copied = memo[id(self)] = type(self)()
@@ -77,10 +77,12 @@ class Recorder:
 
     def may_play(self, recording: "Recording") -> bool:
         """Whether no recorded forward is waiting for its backward that this one would take memory from."""
-        last = None
-        while self._waiting and ((last := self._waiting[-1]()) is None or not last.is_pending):
+        while self._waiting:
+            last = self._waiting[-1]()
+            if last is not None and last.is_pending:
+                return last.number < recording.number
             self._waiting.pop()
-        return not self._waiting or last is None or last.number < recording.number
+        return True
 
     def played_forward(self, recording: "Recording") -> None:
         """Its backward may come now."""
@@ -96,12 +98,12 @@ class Recorder:
             if later is not None:
                 later.forget()
 
-    def shared(self, name: str, at: int, like: Tensor) -> Tensor:
-        """A tensor that all recordings have, for values that are needed for a moment."""
-        key = name, at, like.shape, like.dtype, like.device
-        if key not in self._shared:
-            self._shared[key] = torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False)
-        return self._shared[key]
+    def gradient(self, at: int, like: Tensor) -> Tensor:
+        """Where the gradient of an output is read, which is needed for a moment: all recordings have it."""
+        key = at, like.shape, like.dtype, like.device
+        if key not in self._gradients:
+            self._gradients[key] = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return self._gradients[key]
 
     def borrow(self, tensor: Tensor) -> Tensor:
         """The same values at the same address, which does not keep the memory; the tensor itself if it has gaps."""
@@ -191,7 +193,7 @@ class Recording:
         """Record `call`, and play it once beside the same computation without it.
 
         Raises:
-            Unusual: nothing in it is trained, or its output is neither tensors nor plain.
+            Unusual: it is on another stream than those before, or its output is neither tensors nor plain.
             RuntimeError: it does what a graph cannot, or what was played is something else.
         """
         self.kind, self.watched = found.kind, watched
@@ -206,8 +208,6 @@ class Recording:
         # The same memory under other names: autograd ties what accumulates a gradient to the stream of its first use.
         self._aliases = {each: nn.Parameter(each.detach()) for each in self._trained}
         self._sources = [each for each in (*self._inputs, *self._aliases.values()) if each.requires_grad]
-        if not self._sources:
-            raise Unusual("nothing to train")
         if not recorder.is_for(found.stream):
             raise Unusual("another stream")
         with recorder.beside():
@@ -215,7 +215,7 @@ class Recording:
                 self._made, self._outputs = self._compute()
             generator = torch.Generator(self._inputs[0].device).manual_seed(0)
             wanting = [each.detach() for each in self._outputs if each.requires_grad]
-            self._gradients = [recorder.shared("gradient", *each) for each in enumerate(wanting)]
+            self._gradients = [recorder.gradient(*each) for each in enumerate(wanting)]
             for each in self._gradients:
                 each.normal_(generator=generator)
             expected = [each.detach().clone() for each in self._outputs], self._differentiate()
@@ -226,12 +226,7 @@ class Recording:
             self._outputs = [recorder.borrow(each.detach()) for each in self._outputs]
             self._found = [None if each is None else recorder.borrow(each) for each in self._found]
             self._made = with_tensors(self._made, iter(self._outputs))
-            _spoil(self._outputs)
-            self._forward()
-            outputs = _owned(self._outputs)
-            _spoil([each for each in self._found if each is not None])
-            self._backward()
-            self._check(outputs, *expected)
+            self._check(*expected)
             self._check_that_nothing_gives_nothing()
         del self._call, self._given  # of the module itself, which has this
 
@@ -251,8 +246,18 @@ class Recording:
         wanting = [each for each in self._outputs if each.requires_grad]
         return list(torch.autograd.grad(wanting, self._sources, self._gradients, allow_unused=True, retain_graph=True))
 
-    def _check(self, played: list[Tensor], outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
-        agree = all(map(torch.equal, played, outputs))
+    @property
+    def _given_back(self) -> list[Tensor]:
+        """The gradients that there are."""
+        return [each for each in self._found if each is not None]
+
+    def _check(self, outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
+        """Play it beside what was computed without it."""
+        _spoil(self._outputs)
+        self._forward()
+        agree = all(map(torch.equal, self._outputs, outputs))
+        _spoil(self._given_back)
+        self._backward()
         for found, expected in zip(self._found, gradients, strict=True):
             if found is None or expected is None:
                 agree = agree and found is expected
@@ -267,7 +272,7 @@ class Recording:
         for each in self._gradients:
             each.zero_()
         self._backward()
-        if any(bool(each.any()) for each in self._found if each is not None):
+        if any(bool(each.any()) for each in self._given_back):
             raise RuntimeError("what was recorded gives gradients where there is none")
 
     @property
@@ -317,7 +322,7 @@ class Recording:
         wanted = [one for one, wants in zip(gradients, self._wants, strict=True) if wants]
         _copy(self._gradients, wanted)
         self._backward()
-        own = iter(_owned([each for each in self._found if each is not None]))
+        own = iter(_owned(self._given_back))
         found = iter([None if each is None else next(own) for each in self._found])
         return [next(found) if each.requires_grad else None for each in (*self._inputs, *self._trained)]
 

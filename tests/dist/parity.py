@@ -60,6 +60,14 @@ def assert_same_training(tried: Trained, truth: Trained, job: Job) -> None:
     assert_same_weights(tried, truth, job)
 
 
+def assert_identical(tried: Trained, truth: Trained) -> None:
+    """Losses, gradient norms and weights of a rank, to the last bit."""
+    assert (tried.losses, tried.norms) == (truth.losses, truth.norms)
+    assert tried.weights.keys() == truth.weights.keys()
+    for key, expected in truth.weights.items():
+        assert torch.equal(tried.weights[key], expected), key
+
+
 def assert_same_gradients(tried: Trained, truth: Trained) -> None:
     assert tried.gradients.keys() == truth.gradients.keys()
     errors = {}

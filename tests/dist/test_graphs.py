@@ -6,12 +6,12 @@ With what stands for graphs (`pretended_graphs.py`); real ones: `tests/gpu/test_
 import functools
 
 import pytest
-import torch
 from torch import distributed as dist
 
 from moe_accel import graphs
 from tests import pretended_graphs
 from tests.dist import training
+from tests.dist.parity import assert_identical
 from tests.dist.ranks import run_ranks, with_moe_config
 from tests.dist.training import SEQUENCE, Job
 
@@ -66,7 +66,4 @@ def test_training_is_what_it_is_without(name, ep_size):
     for (ours, played), (theirs, none) in zip(found, without(name, ep_size), strict=True):
         assert not none
         assert played == ([] if name in ("checkpointing", "adapters") else [1, 2] * forwards)
-        assert (ours.losses, ours.norms) == (theirs.losses, theirs.norms)
-        assert ours.weights.keys() == theirs.weights.keys()
-        for key, expected in theirs.weights.items():
-            assert torch.equal(ours.weights[key], expected), key
+        assert_identical(ours, theirs)
