@@ -116,8 +116,6 @@ class Watched:
         """Why this must not be recorded; None: it may be."""
         if not all(map(is_bare, self._inside)):
             return "hooks, or another forward, inside of attention"
-        if any(kind.__module__.partition(".")[0] == "peft" for kind in self._kinds):
-            return "adapters in it"  # their gradients were found wrong, on a GPU only, and not yet why
         for _, _, each, _, _ in self._tensors:
             if type(each) not in (Tensor, nn.Parameter):
                 return f"a parameter of type {type(each).__name__}"
