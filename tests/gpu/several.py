@@ -39,6 +39,9 @@ LEAST_S = {"cuda": 30, "cpu": 20}
 """No case starts with less time left: imports, NCCL and the model take as long."""
 TOLERANCES = {"cuda": (LOSS_TOLERANCE, NORM_TOLERANCE), "cpu": (1e-5, 1e-4)}
 """By device: bf16 on a GPU, fp32 on the CPU, of a loss and of a gradient norm."""
+ROUNDED_MORE = {"gpt-oss-20b": 2e-2}
+"""By shape, of a loss on a GPU: three layers of stock transformers are 5e-3 off fp32 after ten steps, moe-accel 3e-3
+(`tests.gpu.rounding`)."""
 NATIVE_EP_SINCE = (5, 19)
 SAYS_WHY = ("out of memory", "skipped", "failed")
 EMPTY: Mapping[str, str] = {}
@@ -65,12 +68,12 @@ def main() -> None:
                 left_out.append(case.key)
                 continue
             rows[case.key] = row
-            judge(rows, TOLERANCES[args.device])
+            judge(rows, tolerances(args))
             write(args.out, state)
             print(f"{case.key}: {row['status']} {row.get('reason', '')} ({row['seconds']} s)", flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    judge(rows, TOLERANCES[args.device])
+    judge(rows, tolerances(args))
     print("", *tables(rows), sep="\n")
     if left_out:
         print(f"no time left for {len(left_out)} cases, call again: {', '.join(left_out)}")
@@ -117,6 +120,12 @@ def arguments() -> argparse.Namespace:
         print(*(case.key for case in wanted(args)), sep="\n")
         sys.exit(0)
     return args
+
+
+def tolerances(args: argparse.Namespace) -> tuple[float, float]:
+    """Of a loss and of a gradient norm."""
+    loss, norm = TOLERANCES[args.device]
+    return (max(loss, ROUNDED_MORE.get(args.shape, 0)) if args.device == "cuda" else loss), norm
 
 
 def wanted(args: argparse.Namespace) -> list[Case]:

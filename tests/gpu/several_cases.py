@@ -130,7 +130,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
         add("full", one, arm)
         add("full", four, arm)
     add("full", one, "elastic_unwrapped", "elastic_graphs")
-    add("lora", one, "stock", "alltoall", "ep1", "unwrapped")
+    add("lora", one, "stock", "alltoall", "ep1", "unwrapped", "graphs")
     add("lora", four, "stock", "alltoall", "ep1")
     add("full", most, "alltoall", "unwrapped", "ep1", "stock", "native_ep")
     add("full", one, "stock_newer")
