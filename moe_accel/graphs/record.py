@@ -1,5 +1,6 @@
 """Forward and backward of a module as two CUDA graphs, and autograd around them."""
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -127,10 +128,11 @@ class Recorder:
 
     def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """What starts again all that `work` starts on the GPU; and what `work` made, whose values then change."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as NCCL's, may go on with what this one must not do while it records.
-        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()  # a model that goes would take its graphs along, and spoil this one (pytorch#161037)
         try:
+            # Other threads, such as NCCL's, may go on with what this one must not do while it records.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
             made = work()
             graph.capture_end()
         except BaseException:
@@ -139,6 +141,9 @@ class Recorder:
                 with suppress(RuntimeError):  # what went wrong before is what the caller wants to know
                     end()
             raise
+        finally:
+            if collects:
+                gc.enable()
         self._graphs.append(graph)
         return graph.replay, made
 

@@ -5,6 +5,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from contextlib import nullcontext
 from typing import ClassVar
 
 import pytest
@@ -214,6 +215,45 @@ def test_what_is_recorded_wrong_or_cannot_be_is_not_used(recorder, why):
             assert all(map(torch.equal, gradients(layers, (0, 1), rows(step)), gradients(twin, (0, 1), rows(step))))
     assert said == [f"Attends is computed without a CUDA graph: {why}"] * (1 if recorder is Fails else 2)
     assert not any(turns(layers))
+
+
+class Captures:
+    """Of torch.cuda.CUDAGraph, what the recorder calls."""
+
+    def capture_begin(self, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+
+    def capture_end(self):
+        pass
+
+    def replay(self):
+        pass
+
+
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_garbage_is_not_collected_while_a_graph_is_recorded(monkeypatch, fails, collects):
+    recorder, seen = graphs.Recorder(), []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Captures)
+    for name in ("_leave_pool", "_record_nothing"):
+        monkeypatch.setattr(recorder, name, lambda: None)
+
+    def work():
+        seen.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return 3
+
+    if not collects:
+        gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="not permitted") if fails else nullcontext():
+            assert recorder.record(work)[1] == 3
+        assert seen == [False]
+        assert gc.isenabled() is collects
+        assert recorder.has_failed is fails
+    finally:
+        gc.enable()
 
 
 def test_parameters_that_move_all_the_time_are_given_up():
