@@ -15,9 +15,9 @@ from functools import cache
 from typing import Any, NamedTuple
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 
+from moe_accel.backward import in_backward
 from moe_accel.swap import own_class
 
 ATTRIBUTE = "_moe_accel_siblings"
@@ -65,7 +65,7 @@ class Siblings:
 
     def together(self, layer: Any, x: Tensor) -> list[Any]:
         """The other layers that `layer` computes for, when it is called with x and nothing was made for it."""
-        if not _in_backward():
+        if not in_backward():
             self._were_together = not self._apart
         layers = [each() for each in self._layers]
         is_one = any(each is layer for each in layers)  # a replica is not
@@ -81,7 +81,7 @@ class Siblings:
         """Have these outputs of layers for x, made with what is in their keys, until the layers are called."""
         made = [_Made(output, key, _versions(key)) for output, key in zip(outputs, keys, strict=True)]
         self._made = dict(zip(map(id, layers), made, strict=True))
-        self._x, self._version, self._in_forward = x, x._version, not _in_backward()
+        self._x, self._version, self._in_forward = x, x._version, not in_backward()
 
 
 def introduce(model: nn.Module, kind: type) -> None:
@@ -142,8 +142,3 @@ def _identical(found: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
 def _versions(key: tuple[Any, ...]) -> list[int]:
     """How often each tensor of a key was changed in place, as far as torch knows."""
     return [each._version for each in key if isinstance(each, Tensor) and not each.is_inference()]
-
-
-def _in_backward() -> bool:
-    """Whether this thread is in a backward pass, where the only forwards are recomputed ones."""
-    return torch._C._current_graph_task_id() != -1

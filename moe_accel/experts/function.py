@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
+from moe_accel.backward import in_backward
 from moe_accel.dispatch import Dispatcher
 from moe_accel.experts.adapters import active_ranks, factors
 from moe_accel.experts.beside import Beside
@@ -20,7 +21,7 @@ from moe_accel.experts.fused import fused_experts
 from moe_accel.experts.gated import why_not_gated
 from moe_accel.experts.joined import Joined, join
 from moe_accel.experts.reference import reference_experts
-from moe_accel.experts.replay import Record, Records, in_backward
+from moe_accel.experts.replay import Record, Records
 from moe_accel.experts.routing import LocalRouting, sort_by_expert
 from moe_accel.experts.weights import projections
 from moe_accel.kernels import te, te_rows

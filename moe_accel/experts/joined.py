@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_accel.experts.replay import in_backward
+from moe_accel.backward import in_backward
 from moe_accel.kernels.grouped import GroupedGemm, takes_torch_grouped_mm
 
 

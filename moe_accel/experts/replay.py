@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_accel.backward import in_backward
 from moe_accel.experts.routing import LocalRouting
 
 
@@ -94,8 +95,3 @@ class Records:
 
     def _living(self) -> list[Record]:
         return [record for each in self._alive if (record := each()) is not None]
-
-
-def in_backward() -> bool:
-    """Whether this thread is inside a backward pass, where the only forwards are recomputed ones."""
-    return torch._C._current_graph_task_id() != -1

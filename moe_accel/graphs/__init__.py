@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import _has_any_global_hook
 
-from moe_accel.experts.replay import in_backward
+from moe_accel.backward import in_backward
 from moe_accel.graphs.calls import Given, Unusual, Watched, given
 from moe_accel.graphs.record import Recorder, Recording
 from moe_accel.report import short

@@ -20,8 +20,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from moe_accel.backward import in_backward
 from moe_accel.errors import ConfigError
-from moe_accel.experts.replay import in_backward
 from moe_accel.kept import memory
 from moe_accel.kept.layers import CHOSEN, checkpointed_layers, is_checkpointed, is_kept, keep_layers, set_kept
 from moe_accel.kept.memory import MARGIN, Memory

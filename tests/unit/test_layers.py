@@ -18,7 +18,7 @@ PACKAGE = Path(moe_accel.__file__).parent
 
 LAYERS = [
     {"version", "errors", "choices"},
-    {"config", "garbage", "hooks", "versions", "report", "swap"},
+    {"backward", "config", "garbage", "hooks", "versions", "report", "swap"},
     {"mesh", "kernels", "cpu", "environment", "ranks", "siblings"},
     {"padding"},
     {"dispatch", "convert"},
