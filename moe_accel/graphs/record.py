@@ -258,7 +258,7 @@ class Recording:
         return [each for each in self._found if each is not None]
 
     def _check(self, outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
-        """Play it beside what was computed without it."""
+        """Play it beside what was computed without it; what recordings to come do to its memory is not seen here."""
         _spoil(self._outputs)
         self._forward()
         agree = all(map(torch.equal, self._outputs, outputs))

@@ -85,6 +85,25 @@ def test_ratios_are_to_stock_and_a_wrong_arm_has_no_time():
     assert [each.split(",")[0] for each in wrong(rows)] == ["c"]
 
 
+@pytest.mark.parametrize(
+    ("shape", "kind", "off", "agrees"),
+    [
+        ("gpt-oss-20b", "full", 1e-2, True),
+        ("gpt-oss-20b", "full", 2e-2, False),
+        ("gpt-oss-20b", "lora", 2e-3, False),
+        ("qwen3-30b-a3b", "full", 2e-3, False),
+    ],
+)
+def test_a_loss_may_be_further_off_only_where_rounding_is_known_to_do_it(shape, kind, off, agrees):
+    setting = {"kind": kind, "gpus": 4, "batch": 1, "layers": 24, "status": "ok", "gpu": "H200", "torch": "2"}
+    rows = {
+        "a": setting | {"arm": "stock", "parts": [timed([12.0, 11.0], 300.0, 40.0)]},
+        "b": setting | {"arm": "unwrapped", "parts": [timed([12.0, 11.0 * (1 + off)], 200.0, 30.0)]},
+    }
+    judge(rows, several.TOLERANCES["cuda"], shape)
+    assert rows["b"]["parts"][0]["check"]["agrees"] is agrees
+
+
 def test_the_plan_begins_with_parity_and_repeats_nothing():
     for gpus in (2, 4, 8):
         cases = plan(gpus, 6 * gpus, 4, 6 * gpus)

@@ -64,6 +64,9 @@ CHECKSUM_TOLERANCE = 1e-9
 
 MIXED_TOLERANCES = (LOSS_TOLERANCE, NORM_TOLERANCE)
 """Computed in bf16 on every device."""
+ROUNDED_MORE = {("gpt-oss-20b", "full"): 1.5e-2}
+"""Of a loss, by shape and kind, where two right trainings in bf16 go further apart: of three layers, stock transformers
+is up to 5.4e-3 off fp32 within 13 steps, and moe-accel up to 2.6e-3 (`tests.gpu.rounding`)."""
 
 Rows = dict[str, dict[str, Any]]
 
@@ -151,12 +154,13 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
 # ---- what the numbers are worth
 
 
-def judge(rows: Rows, tolerances: tuple[float, float]) -> None:
+def judge(rows: Rows, tolerances: tuple[float, float], shape: str = "") -> None:
     """Write into every part of every row, as `check`, what it was compared with and by how much it differs.
 
     Args:
         rows: by key.
         tolerances: largest relative difference of a loss and of a gradient norm, in any step.
+        shape: of all of them.
     """
     for row in rows.values():
         for part in row.get("parts", ()):
@@ -166,8 +170,8 @@ def judge(rows: Rows, tolerances: tuple[float, float]) -> None:
                 continue
             theirs = reference[1]
             found = [largest_difference(part.get(name), theirs.get(name)) for name in ("losses", "norms")]
-            allowed = _allowed(row, tolerances)
-            agrees = all(each is None or each <= most for each, most in zip(found, allowed, strict=True))
+            most = allowed(row["kind"], row["arm"], tolerances, shape)
+            agrees = all(each is None or each <= limit for each, limit in zip(found, most, strict=True))
             part["check"] = {
                 "with": reference[0]["arm"],
                 "loss": found[0],
@@ -176,11 +180,12 @@ def judge(rows: Rows, tolerances: tuple[float, float]) -> None:
             }
 
 
-def _allowed(row: dict, tolerances: tuple[float, float]) -> tuple[float, float]:
+def allowed(kind: str, arm: str, tolerances: tuple[float, float], shape: str = "") -> tuple[float, float]:
     """Largest relative difference of what is compared first (losses, sums over weights), and of a gradient norm."""
-    if row["kind"] == "load":
+    if kind == "load":
         return CHECKSUM_TOLERANCE, 0.0
-    return MIXED_TOLERANCES if is_mixed(row["arm"]) else tolerances
+    loss, norm = MIXED_TOLERANCES if is_mixed(arm) else tolerances
+    return max(loss, ROUNDED_MORE.get((shape, kind), 0.0)), norm
 
 
 def _reference(row: dict, part: dict, rows: Iterable[dict]) -> tuple[dict, dict] | None:
