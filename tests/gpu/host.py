@@ -3,8 +3,9 @@
 usage      python -m tests.gpu.host [--gpus 2] [--cases full-alltoall lora-alltoall] [--layers 12] [--out FOLDER]
 no GPU     python -m tests.gpu.host --device cpu                a tiny shape, over gloo
 prints     for each case the milliseconds of a step, and the host's of forward, backward and optimizer and its wait for
-           the GPU at the end: medians of 10 steps, as `moe-accel` starts kernels and as Triton does; then the lines of
-           Python the time was in (one stack a millisecond, of rank 0, backward in the same thread)
+           the GPU at the end: medians of 10 steps, as `moe-accel` starts kernels and as Triton does; forward's by rank;
+           the lines of Python the time was in (one stack a millisecond, of rank 0, backward in the same thread); and
+           what each rank's GPU does in forward and backward (`timeline.py`), under the profiler and one after the other
 writes     FOLDER/host_CASE.txt: those lines with their callers, cProfile's tables; FOLDER/ops_CASE.txt: torch's
            operations and the GPU's kernels
 
@@ -76,7 +77,7 @@ def rank(given: str) -> None:
     import torch
 
     from moe_accel.kernels import device as kernels
-    from tests.gpu import several_rank
+    from tests.gpu import several_rank, timeline
 
     job = several_rank.Job(**json.loads(given))
     device, is_main = several_rank.own_device(job), os.environ.get("RANK", "0") == "0"
@@ -84,15 +85,21 @@ def rank(given: str) -> None:
     model, optimizer, _ = several_rank.spread(job, model)
     tokens = several_rank.tokens_of(int(os.environ.get("RANK", "0")), job, model.config.vocab_size).to(device)
 
+    def forward() -> torch.Tensor:
+        return model(input_ids=tokens, labels=tokens).loss
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     def step() -> list[float]:
         """Milliseconds: all of it, forward, backward, optimizer, and waiting at the end."""
         marks = [time.perf_counter()]
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = forward()
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
         marks.append(time.perf_counter())
         several_rank.synchronize(device)
         marks.append(time.perf_counter())
@@ -106,7 +113,9 @@ def rank(given: str) -> None:
         found = [step() for _ in range(job.steps)]
         medians = ", ".join(f"{statistics.median(each):.1f}" for each in zip(*found, strict=True))
         whole = [each[0] for each in found]
-        times.append(f"{name}: {medians} ms (steps of {min(whole):.1f} to {max(whole):.1f})")
+        forwards = several_rank.gathered(round(statistics.median(each[1] for each in found), 1))
+        steps = f"steps of {min(whole):.1f} to {max(whole):.1f}"
+        times.append(f"{name}: {medians} ms ({steps}; forward by rank: {', '.join(map(str, forwards))})")
         if is_main:
             print(times[-1], flush=True)
 
@@ -120,6 +129,15 @@ def rank(given: str) -> None:
         timed("started by Triton")
         kernels.LAUNCHES_COMPILED = True
     timed("as it is")
+    if device.type == "cuda":
+        kept: list[torch.Tensor] = []
+        parts = ("forward", lambda: kept.append(forward())), ("backward", lambda: kept.pop().backward())
+        by_rank = several_rank.gathered(timeline.standings(parts))
+        update()
+        of_gpus = [f"rank {at} {name}: {each}" for at, found in enumerate(by_rank) for name, each in found.items()]
+        times += of_gpus
+        if is_main:
+            print(*of_gpus, sep="\n", flush=True)
     torch.autograd.set_multithreading_enabled(False)
     step()
     name = f"{job.kind}_{job.arm}.txt"
