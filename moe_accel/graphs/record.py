@@ -1,6 +1,5 @@
 """Forward and backward of a module as two CUDA graphs, and autograd around them."""
 
-import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
+from moe_accel import garbage
 from moe_accel.graphs.calls import Given, Unusual, Watched, kind_of, packed_in, with_tensors
 
 TOLERANCE = 1e-2
@@ -128,22 +128,19 @@ class Recorder:
 
     def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """What starts again all that `work` starts on the GPU; and what `work` made, whose values then change."""
-        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-        gc.disable()  # a model that goes would take its graphs along, and spoil this one (pytorch#161037)
-        try:
-            # Other threads, such as NCCL's, may go on with what this one must not do while it records.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            made = work()
-            graph.capture_end()
-        except BaseException:
-            self.has_failed = True
-            for end in (graph.capture_end, self._leave_pool, self._record_nothing):
-                with suppress(RuntimeError):  # what went wrong before is what the caller wants to know
-                    end()
-            raise
-        finally:
-            if collects:
-                gc.enable()
+        graph = torch.cuda.CUDAGraph()
+        with garbage.left_alone():  # a model that goes would take its graphs along, and spoil this one (pytorch#161037)
+            try:
+                # Other threads, such as NCCL's, may go on with what this one must not do while it records.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                made = work()
+                graph.capture_end()
+            except BaseException:
+                self.has_failed = True
+                for end in (graph.capture_end, self._leave_pool, self._record_nothing):
+                    with suppress(RuntimeError):  # what went wrong before is what the caller wants to know
+                        end()
+                raise
         self._graphs.append(graph)
         return graph.replay, made
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.processes import FSDP2, LOSS_TOLERANCE, NORM_TOLERANCE, python_path, run_ranks
+from tests.gpu.timeline import union
 
 LIMIT_S = 110
 """Of one set of ranks."""
@@ -203,17 +204,6 @@ def hidden(events: list[dict[str, Any]]) -> float:
     both = sum(max(0.0, min(end, other) - max(start, first)) for start, end in moving for first, other in computing)
     total = sum(end - start for start, end in moving)
     return both / total if total else 0.0
-
-
-def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same time, in spans that do not overlap."""
-    found: list[tuple[float, float]] = []
-    for start, end in sorted(spans):
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
-        else:
-            found.append((start, end))
-    return found
 
 
 # ---- all sets of ranks, one after the other

@@ -16,7 +16,6 @@ import argparse
 import copy
 import gc
 import json
-import re
 import zlib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from moe_accel import MoEConfig
 from moe_accel.bench import flops, routing, suites
-from moe_accel.bench.check import plain_name
+from moe_accel.bench.check import kind_of, plain_name
 from moe_accel.bench.options import ROUTINGS, Case
 from moe_accel.bench.shapes import SHAPES
 
@@ -113,7 +112,7 @@ def errors(gradients: Gradients, exact: Gradients) -> dict[str, float]:
         raise ValueError(f"not the same parameters have gradients: {sorted(gradients.keys() ^ exact.keys())}")
     squares: dict[str, list[float]] = {}
     for name, each in gradients.items():
-        sums = squares.setdefault(re.sub(r"\.\d+\.", ".*.", name), [0.0, 0.0])
+        sums = squares.setdefault(kind_of(name), [0.0, 0.0])
         sums[0] += float((each.float() - exact[name].float()).norm()) ** 2
         sums[1] += float(exact[name].float().norm()) ** 2
     return {kind: (difference / whole) ** 0.5 if whole else 0.0 for kind, (difference, whole) in squares.items()}

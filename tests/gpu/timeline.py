@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 
 class Span(NamedTuple):
     """Of one kernel, or copy, on a GPU, in microseconds."""
@@ -44,6 +42,7 @@ def standings(parts: Sequence[tuple[str, Callable[[], Any]]]) -> dict[str, Stand
 
 
 def _spans(work: Callable[[], Any]) -> list[Span]:
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -67,9 +66,15 @@ def standing(spans: Sequence[Span]) -> Standing:
 
 def _covered(spans: Iterable[Span]) -> float:
     """Time in which at least one of them runs."""
-    covered, until = 0.0, float("-inf")
-    for start, duration, _ in sorted(spans):
-        end = start + duration
-        covered += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return covered
+    return sum(end - start for start, end in union((each.start, each.start + each.duration) for each in spans))
+
+
+def union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same time, starts and ends, in spans that do not overlap."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
