@@ -82,6 +82,8 @@ def trains_as_without(pair: Pair, family, tolerance=EXACT, **how):
         given = batch(model, step, family=family)
         assert_same(trained(model, given), trained(twin, given), tolerance)
     assert turns(model) == [4] * len(turns(model)) != []
+    found = [vars(each)["_moe_accel_graphs"] for each in model.modules() if "_moe_accel_graphs" in vars(each)]
+    assert not any(each.recording.trial.is_due for each in found)
 
 
 def gradients_of_two_batches_add_up(pair: Pair):

@@ -22,6 +22,7 @@ class Pretended(Recorder):
         super().__init__()
         self.kept = weakref.WeakKeyDictionary()  # recording: its autograd graph
         self.made = weakref.WeakKeyDictionary()  # recording: what it has made, in memory that is not its own
+        self.calls = weakref.WeakKeyDictionary()  # recording: the module, weakly, and its own forward
 
     def beside(self):
         return nullcontext()
@@ -33,10 +34,12 @@ class Pretended(Recorder):
         return tensor
 
     def record(self, work):
-        recording, recorded = work.__self__, weakref.ref(work.__self__)
-        owner, function = weakref.ref(recording._call.__self__), recording._call.__func__
-        given, made = recording._given, work()
-        is_forward = work.__name__ == "_compute"
+        recording, made = work.func.__self__, work()
+        recorded = weakref.ref(recording)
+        is_forward = work.func.__name__ == "_compute"
+        if is_forward:
+            (call,) = work.args
+            self.calls[recording] = weakref.ref(call.__self__), call.__func__
         ours = [each.detach() for each in (made[1] if is_forward else made) if each is not None]
         self.made.setdefault(recording, []).extend(ours)
         if is_forward:
@@ -49,16 +52,11 @@ class Pretended(Recorder):
                     each.fill_(torch.nan)
                 if other.number > recording.number:
                     self.kept.pop(other, None)
-            was, outputs = dict(vars(recording)), recording._outputs
-            recording._call, recording._given = functools.partial(function, owner()), given
             if is_forward:
-                found = self.kept[recording] = recording._compute()[1]
+                owner, function = self.calls[recording]
+                found = self.kept[recording] = recording._compute(functools.partial(function, owner()))[1]
             else:
-                recording._outputs = self.kept[recording]
-                found = recording._differentiate()
-                recording._outputs = outputs
-            for name in {"_call", "_given"} - was.keys():
-                delattr(recording, name)
+                found = recording._differentiate(self.kept[recording])
             for one, each in zip(ours, [each for each in found if each is not None], strict=True):
                 one.copy_(each)
 

@@ -1,7 +1,7 @@
 """Attention as CUDA graphs: two launches a layer and direction instead of some twenty, where the host takes the time.
 
 With sequences of one length an attention module gets the same shapes in every step. So it is computed as ever twice,
-and recorded in the third step, forward and backward, each as a graph of everything that is started for it. Later calls
+and recorded in the third step, forward and backward, each as a graph of everything that is started for it. Its calls
 of the same kind copy their inputs to where the graph reads them, and start it. All else of a layer is as before:
 experts get other numbers of rows every time.
 
@@ -9,7 +9,8 @@ A graph knows addresses and nothing else. What a call depends on besides its ten
 parameters are those that were recorded, where they were, and wanted gradients or not, that nobody changed an attribute
 (PEFT turns adapters off by one), replaced a part or put a hook in. Anything else is computed as ever: another shape, a
 mask, packed sequences of other lengths, dropout, a cache, checkpointing, evaluation, a second forward before the first
-one's backward. What is recorded is played once beside the same computation without it, and used if it gives the same.
+one's backward. What is recorded is played beside the module's own computation in its first step, and used from the
+next one on if both give the same: all layers in one step, so what one's graphs do to the memory of another is seen.
 
 FSDP2 frees gathered parameters and gathers them anew: `keep_in_place` leaves those of attention their memory.
 """
@@ -74,6 +75,8 @@ class Graphs:
         """The module's output, played if that is as good."""
         self.owner = self.owner or weakref.ref(module)
         is_replica = self.owner() is not module  # of DataParallel, with the attributes of its model
+        if self.recording is not None and self.recording.trial.problem:
+            self._refuse(module, self.recording.trial.problem)
         if self.recorder.has_failed and self.gathered:
             self._give_up()
         if self.recorded > RECORDINGS or self.recorder.has_failed or is_replica:
@@ -97,7 +100,7 @@ class Graphs:
             self._drop()
             return own(*args, **kwargs)
         self.calls = self.passed_by = 0
-        return recording.play(found.tensors)
+        return recording.play(found.tensors, own)
 
     def _drop(self) -> None:
         self.recording, self.calls = None, 0
@@ -136,11 +139,15 @@ class Graphs:
             except (RuntimeError, Unusual) as error:
                 problem = str(error).strip().partition("\n")[0]
         if problem:
-            self._give_up()
-            warnings.warn(f"{type(module).__name__} is computed without a CUDA graph: {problem}", stacklevel=2)
+            self._refuse(module, problem)
+
+    def _refuse(self, module: nn.Module, problem: str) -> None:
+        """Compute it as ever from now on, and say why."""
+        self._give_up()
+        warnings.warn(f"{type(module).__name__} is computed without a CUDA graph: {problem}", stacklevel=2)
 
     def _give_up(self) -> None:
-        self.recorded = RECORDINGS + 1
+        self.recording, self.recorded = None, RECORDINGS + 1
         for parameter in self.gathered:
             vars(parameter).pop("free_unsharded_param", None)
         self.gathered.clear()
@@ -185,7 +192,7 @@ def install(model: nn.Module, device: torch.device, compiled: bool, gathers: boo
     leave_cache_out(model)
     weights = sum(each.numel() for module in found for each in module.parameters())
     stays = f"; FSDP2 leaves its {short(weights)} weights gathered" if gathers else ""
-    return [f"attention of {len(found)} layers as CUDA graphs, from the third of equal steps on{stays}"]
+    return [f"attention of {len(found)} layers as CUDA graphs, from the fourth of equal steps on{stays}"]
 
 
 def leave_cache_out(model: nn.Module) -> None:

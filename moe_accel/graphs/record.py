@@ -3,18 +3,18 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.attention import sdpa_kernel
 
 from moe_accel import garbage
 from moe_accel.graphs.calls import Given, Unusual, Watched, kind_of, packed_in, with_tensors
-
-TOLERANCE = 1e-2
-"""Of a gradient's norm: cuDNN's attention adds in another order every time."""
+from moe_accel.graphs.trial import Round, Trial
 
 
 class Recorder:
@@ -29,6 +29,7 @@ class Recorder:
         has_told: whether somebody was told why nothing is recorded.
         has_failed: whether recording was ended by an error, after which nothing more is recorded.
         era: changes when all that was recorded before is to be recorded anew, in later forwards of the model.
+        round: of trials; another one whenever something is recorded.
     """
 
     device_type = "cuda"
@@ -39,7 +40,7 @@ class Recorder:
         self._graphs: list[Any] = []  # of this era: torch takes from all of a stream what they share when one goes
         self._recorded_era = -1
         self._played_on: int | None = None
-        self.has_told, self.has_failed, self.era = False, False, 0
+        self.has_told, self.has_failed, self.era, self.round = False, False, 0, Round()
         self._num_recorded = self._forwards = self._since = 0
         self._called: weakref.WeakSet[Any] = weakref.WeakSet()  # in this forward of the model
         # Those whose backward may come, in the order in which they were recorded. References: what has this has them.
@@ -54,8 +55,9 @@ class Recorder:
         return type(self), ()
 
     def number(self) -> int:
-        """Of the recording that is made now."""
+        """Of the recording that is made now, which may spoil what others read."""
         self._num_recorded += 1
+        self.round.number += 1
         return self._num_recorded
 
     def sees(self, graphs: Any) -> bool:
@@ -190,20 +192,22 @@ class Recording:
         number: how many were recorded before it, and it.
         num_played: how often its forward was played.
         era: of the recorder, when it was recorded.
+        trial: of what it plays.
     """
 
     def __init__(self, recorder: Recorder, watched: Watched, call: Callable, args: tuple, kwargs: dict, found: Given):
-        """Record `call`, and play it once beside the same computation without it.
+        """Record `call`.
 
         Raises:
             Unusual: it is on another stream than those before, or its output is neither tensors nor plain.
-            RuntimeError: it does what a graph cannot, or what was played is something else.
+            RuntimeError: it does what a graph cannot.
         """
         self.kind, self.watched = found.kind, watched
         self.num_played, self._turn = 0, None
         self.number, self.era, self._recorder = recorder.number(), recorder.era, recorder
+        self.trial = Trial(recorder.round)
         self._trained, self._pending = watched.trained(), None
-        self._call, self._autocast, self._device_type = call, found.autocast, recorder.device_type
+        self._autocast, self._attention, self._device_type = found.autocast, found.attention, recorder.device_type
         self._inputs = [each.detach().clone().requires_grad_(each.requires_grad) for each in found.tensors]
         args, items = with_tensors((args, tuple(kwargs.items())), iter(self._inputs))
         self._given = args, dict(items)
@@ -214,61 +218,36 @@ class Recording:
         if not recorder.is_for(found.stream):
             raise Unusual("another stream")
         with recorder.beside():
-            with recorder.refusing_to_wait():
-                self._made, self._outputs = self._compute()
-            generator = torch.Generator(self._inputs[0].device).manual_seed(0)
-            wanting = [each.detach() for each in self._outputs if each.requires_grad]
+            with recorder.refusing_to_wait():  # what is made at a first call is made here, not recorded
+                _, outputs = self._compute(call)
+            wanting = [each.detach() for each in outputs if each.requires_grad]
             self._gradients = [recorder.gradient(*each) for each in enumerate(wanting)]
-            for each in self._gradients:
-                each.normal_(generator=generator)
-            expected = [each.detach().clone() for each in self._outputs], self._differentiate()
-            self._forward, (self._made, self._outputs) = recorder.record(self._compute)
-            self._backward, self._found = recorder.record(self._differentiate)
-            self._wants = [each.requires_grad for each in self._outputs]
+            self._differentiate(outputs)
+            self._forward, (made, outputs) = recorder.record(partial(self._compute, call))
+            self._backward, self._found = recorder.record(partial(self._differentiate, outputs))
+            self._wants = [each.requires_grad for each in outputs]
             # By the edge: in torch 2.11 a Function's `grad_fn`, its ctx, does not keep what leads to it.
-            self._held = [get_gradient_edge(each) for each in self._outputs if each.requires_grad]
-            self._outputs = [recorder.borrow(each.detach()) for each in self._outputs]
+            self._held = [get_gradient_edge(each) for each in outputs if each.requires_grad]
+            self._outputs = [recorder.borrow(each.detach()) for each in outputs]
             self._found = [None if each is None else recorder.borrow(each) for each in self._found]
-            self._made = with_tensors(self._made, iter(self._outputs))
-            self._check(*expected)
-        del self._call, self._given  # of the module itself, which has this
+            self._made = with_tensors(made, iter(self._outputs))
 
-    def _compute(self) -> tuple[Any, list[Tensor]]:
+    def _compute(self, call: Callable) -> tuple[Any, list[Tensor]]:
+        """What `call` makes of the inputs that were copied here, and the tensors in it."""
         args, kwargs = self._given
         on, dtype = self._autocast
         outputs: list[Tensor] = []
         # Casts are recorded, not remembered: autocast's cache is of another moment.
         autocast = torch.autocast(self._device_type, dtype, enabled=on, cache_enabled=False)
         with self.watched.replaced(self._aliases), torch.enable_grad(), autocast:
-            made = self._call(*args, **kwargs)
+            made = call(*args, **kwargs)
         kind_of(made, outputs)
         return made, outputs
 
-    def _differentiate(self) -> list[Tensor | None]:
+    def _differentiate(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of inputs and parameters that want one, in this order."""
-        wanting = [each for each in self._outputs if each.requires_grad]
+        wanting = [each for each in outputs if each.requires_grad]
         return list(torch.autograd.grad(wanting, self._sources, self._gradients, allow_unused=True, retain_graph=True))
-
-    @property
-    def _given_back(self) -> list[Tensor]:
-        """The gradients that there are."""
-        return [each for each in self._found if each is not None]
-
-    def _check(self, outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
-        """Play it beside what was computed without it; what recordings to come do to its memory is not seen here."""
-        _spoil(self._outputs)
-        self._forward()
-        agree = all(map(torch.equal, self._outputs, outputs))
-        _spoil(self._given_back)
-        self._backward()
-        for found, expected in zip(self._found, gradients, strict=True):
-            if found is None or expected is None:
-                agree = agree and found is expected
-            else:
-                difference, norm = (each.float().norm() for each in (found - expected, expected))
-                agree = agree and bool(difference <= TOLERANCE * norm)
-        if not agree:
-            raise RuntimeError("what was recorded is not what the module computes")
 
     @property
     def is_pending(self) -> bool:
@@ -279,17 +258,20 @@ class Recording:
         """Let no backward come for what was played."""
         self._turn = None
 
-    def play(self, tensors: Sequence[Tensor]) -> Any:
-        """The module's output for such tensors."""
-        outputs: Any = _Play.apply(self, len(tensors), *tensors, *self._trained)
+    def play(self, tensors: Sequence[Tensor], call: Callable) -> Any:
+        """The output for such tensors of the module, which does `call` itself."""
+        outputs: Any = _Play.apply(self, call if self.trial.is_due else None, len(tensors), *tensors, *self._trained)
         return with_tensors(self._made, iter(outputs))
 
-    def forward(self, tensors: Sequence[Tensor], token: _Token) -> tuple[int, list[Tensor], list[bool]]:
+    def forward(
+        self, tensors: Sequence[Tensor], token: _Token, own: Callable | None = None
+    ) -> tuple[int, list[Tensor], list[bool]]:
         """Play it.
 
         Args:
             tensors: for the recorded ones.
             token: lives until backward is over, or cannot come.
+            own: for a trial, what the module does itself, of which this is the output then.
 
         Returns:
             The turn that this is; the outputs, which are the caller's own; and whether each has a gradient.
@@ -299,10 +281,19 @@ class Recording:
         self.num_played += 1
         self._turn, self._pending = self.num_played, weakref.ref(token)
         self._recorder.played_forward(self)
-        return self.num_played, _owned(self._outputs), self._wants
+        outputs = _owned(self._outputs)
+        if own is not None:
+            played, outputs = outputs, _owned(self._compute(own)[1])
+            self.trial.compare_outputs(played, outputs)
+        return self.num_played, outputs, self._wants
 
-    def backward(self, turn: int, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    def backward(self, turn: int, gradients: Sequence[Tensor], own: Callable | None = None) -> list[Tensor | None]:
         """Gradients of inputs, then of parameters, which are the caller's own; None where there is none.
+
+        Args:
+            turn: of the forward.
+            gradients: of the outputs.
+            own: as in forward.
 
         Raises:
             RuntimeError: it was played for that turn before, or what it needs was replaced.
@@ -317,16 +308,21 @@ class Recording:
         wanted = [one for one, wants in zip(gradients, self._wants, strict=True) if wants]
         _copy(self._gradients, wanted)
         self._backward()
-        own = iter(_owned(self._given_back))
-        found = iter([None if each is None else next(own) for each in self._found])
-        return [next(found) if each.requires_grad else None for each in (*self._inputs, *self._trained)]
+        found = _owned_where_any(self._found)
+        if own is not None:
+            with sdpa_kernel(self._attention):  # as in forward
+                _, outputs = self._compute(own)
+            played, found = found, _owned_where_any(self._differentiate(outputs))
+            self.trial.compare_gradients(played, found, self._gradients)
+        of_sources = iter(found)
+        return [next(of_sources) if each.requires_grad else None for each in (*self._inputs, *self._trained)]
 
 
 class _Play(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: Recording, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.recording, ctx.token = recording, _Token()
-        ctx.turn, outputs, wanting = recording.forward(tensors[:num_inputs], ctx.token)
+    def forward(ctx: Any, recording: Recording, own: Callable | None, num_inputs: int, *tensors: Tensor) -> Any:
+        ctx.recording, ctx.own, ctx.token = recording, own, _Token()
+        ctx.turn, outputs, wanting = recording.forward(tensors[:num_inputs], ctx.token, own)
         ctx.mark_non_differentiable(*(each for each, wants in zip(outputs, wanting, strict=True) if not wants))
         return tuple(outputs)
 
@@ -334,7 +330,7 @@ class _Play(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.token = None
-        return None, None, *ctx.recording.backward(ctx.turn, gradients)
+        return None, None, None, *ctx.recording.backward(ctx.turn, gradients, ctx.own)
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -345,12 +341,12 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         )
 
 
-def _spoil(tensors: Sequence[Tensor]) -> None:
-    for each in tensors:
-        each.fill_(torch.nan if each.is_floating_point() else 1)
-
-
 def _owned(tensors: Sequence[Tensor]) -> list[Tensor]:
     copies = [torch.empty_like(each) for each in tensors]
     _copy(copies, [each.detach() for each in tensors])
     return copies
+
+
+def _owned_where_any(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    copies = iter(_owned([each for each in tensors if each is not None]))
+    return [None if each is None else next(copies) for each in tensors]

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from moe_accel import MoEConfig, graphs
+from moe_accel.graphs import record
 from tests import graphs as cases
 from tests.families import build_tiny
 from tests.graphs import EXACT
@@ -66,6 +67,17 @@ def test_that(case):
 @pytest.mark.parametrize("change", cases.CHANGES)
 def test_a_change_is_seen(change):
     cases.a_change_is_seen(pair, change)
+
+
+def test_what_layers_do_to_the_memory_of_each_other_is_seen(monkeypatch):
+    monkeypatch.setattr(record, "get_gradient_edge", lambda each: None)  # nothing keeps what backward needs
+    model, twin = pair()
+    with cases.told() as said:
+        for step in range(6):
+            cases.change_both(model, twin, step)
+            cases.assert_same(*(cases.trained(each, cases.batch(model, step)) for each in (model, twin)))
+    name = "Qwen3MoeAttention is computed without a CUDA graph"
+    assert f"{name}: what was recorded is not what the module computes" in said
 
 
 class Waits(nn.Module):

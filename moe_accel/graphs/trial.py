@@ -1,0 +1,87 @@
+"""What is played of recorded graphs, beside the same computation without them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-2
+"""Of a gradient's norm: cuDNN's attention adds in another order every time."""
+OPEN = 50
+"""Trials, one after the other, that say nothing, after which that is a problem."""
+
+
+@dataclass
+class Round:
+    """Of trials of all that is recorded of a model; a new number begins another."""
+
+    number: int = 0
+
+
+class Trial:
+    """Of what is recorded of one module: played, and computed by the module, once in every round.
+
+    It is used when outputs and gradients agreed in this round. All modules are tried in the same step of training, so
+    what one's graphs do to the memory of another's is seen, in the order in which it happens.
+
+    Attributes:
+        problem: why it must not be used any more; empty: nothing.
+    """
+
+    def __init__(self, round: Round):
+        self._round, self._passed, self._open, self.problem = round, -1, 0, ""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it did not agree in this round yet."""
+        return self._passed != self._round.number
+
+    def compare_outputs(self, found: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        """They agree where every number is the same, and NaN where the module has it."""
+        self._open += 1
+        if not all(torch.allclose(*pair, rtol=0, atol=0, equal_nan=True) for pair in zip(found, own, strict=True)):
+            self._fail()
+        elif self._open > OPEN:
+            self.problem = f"its gradients were zero, infinite or not asked for {OPEN} times"
+
+    def compare_gradients(
+        self, found: Sequence[Tensor | None], own: Sequence[Tensor | None], given: Sequence[Tensor]
+    ) -> None:
+        """They agree where they are as near as those of two times of computing.
+
+        Nothing is said by `given`, the gradients of the outputs, that are all zeros, or by any that are not finite, as
+        in steps which a gradient scaler leaves out. The trial goes on in the next step.
+        """
+        agrees = near(found, own, given)
+        if agrees:
+            self._passed, self._open = self._round.number, 0
+        elif agrees is not None:
+            self._fail()
+
+    def _fail(self) -> None:
+        self.problem = "what was recorded is not what the module computes"
+        self._round.number += 1
+
+
+def near(found: Sequence[Tensor | None], own: Sequence[Tensor | None], given: Sequence[Tensor]) -> bool | None:
+    """Whether gradients are within `TOLERANCE` of `own`; None where `given` or `own` says nothing.
+
+    Args:
+        found: of inputs and parameters, None where there is none.
+        own: the same, of the module itself.
+        given: of the outputs, at least one; both were made of them.
+    """
+    pairs = [(one, other) for one, other in zip(found, own, strict=True) if one is not None and other is not None]
+    if sum(each is not None for each in (*found, *own)) != 2 * len(pairs):
+        return False
+    of_given, of_own = _norms(given), _norms([other for _, other in pairs] or given)
+    off_by = _norms([one - other for one, other in pairs] or [torch.zeros_like(given[0])])
+    says_something = of_given.any() & of_given.isfinite().all() & of_own.isfinite().all()
+    says_something, is_near = torch.stack([says_something, (off_by <= TOLERANCE * of_own).all()]).tolist()
+    return is_near if says_something else None
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """[len(tensors)] fp32."""
+    return torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in tensors])

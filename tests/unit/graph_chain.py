@@ -1,0 +1,42 @@
+"""Layers that are called as attention is, small, and recorded with what stands for graphs."""
+
+import copy
+
+import torch
+from torch import nn
+
+from moe_accel import graphs
+from tests.pretended_graphs import Pretended
+
+
+class Attends(nn.Module):
+    """As attention is called, small; what it gives is what its last operation keeps for backward."""
+
+    is_causal = True
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.dropout = nn.Linear(8, 8), 0.0
+
+    def forward(self, x, mask=None, **kwargs):
+        return self.inner(x).tanh(), mask
+
+
+def chain(num_layers=2, recorder=None):
+    torch.manual_seed(0)
+    layers = nn.ModuleList(Attends() for _ in range(num_layers))
+    twin = copy.deepcopy(layers)
+    graphs.record_attention(layers, recorder or Pretended())
+    return layers, twin
+
+
+def gradients(layers, order, x):
+    layers.zero_grad()
+    for at in order:
+        x = layers[at](x)[0]
+    x.square().sum().backward()
+    return [each.grad.clone() for each in layers.parameters()]
+
+
+def rows(seed, length=3):
+    return torch.randn(length, 8, generator=torch.Generator().manual_seed(seed)).requires_grad_()
