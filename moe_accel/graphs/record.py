@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -260,7 +261,9 @@ class Recording:
 
     def play(self, tensors: Sequence[Tensor], call: Callable) -> Any:
         """The output for such tensors of the module, which does `call` itself."""
-        outputs: Any = _Play.apply(self, call if self.trial.is_due else None, len(tensors), *tensors, *self._trained)
+        # In backward, too, context variables are those of this call: hooks of the module set some.
+        own = partial(copy_context().run, call) if self.trial.is_due else None
+        outputs: Any = _Play.apply(self, own, len(tensors), *tensors, *self._trained)
         return with_tensors(self._made, iter(outputs))
 
     def forward(

@@ -1,5 +1,7 @@
 """What is played of recorded graphs is tried beside the module's own computation, all layers in one step."""
 
+from contextvars import ContextVar
+
 import pytest
 import torch
 from torch import nn
@@ -139,24 +141,27 @@ def test_a_trial_that_stays_open_is_told():
     assert turns(layers) == [None]
 
 
-def test_a_trial_chooses_between_the_kernels_that_its_forward_had():
-    seen = []
+def test_a_trial_computes_as_its_forward_in_backward_too():
+    seen, inside = [], ContextVar("inside", default=False)
 
-    class Chooses(Attends):
+    class Looks(Attends):
         def forward(self, x, mask=None, **kwargs):
-            seen.append(torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled())
+            allowed = torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
+            seen.append((*allowed, inside.get()))
             return super().forward(x, mask)
 
-    layers = nn.ModuleList([Chooses()])
+    layers = nn.ModuleList([Looks()])
     graphs.record_attention(layers, Pretended())
-    for step in range(4):
+    layers[0].register_forward_pre_hook(lambda *given: inside.set(True) and None)
+    layers[0].register_forward_hook(lambda *given: inside.set(False) and None)
+    for step in range(3):
         with sdpa_kernel(SDPBackend.MATH):
             x = layers[0](rows(step))[0]
         x.sum().backward()
-    assert turns(layers) == [2]
+    assert turns(layers) == [1]
     assert not trial_of(layers[0]).is_due
-    # Twice as ever, before and while it is recorded, played and by itself, by itself in backward, played.
-    assert seen == [True] * 8
+    # Twice as ever, before and while it is recorded, played and by itself, by itself in backward.
+    assert seen == [(True, False, True)] * 7
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
