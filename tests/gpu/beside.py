@@ -17,11 +17,12 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.gpu.processes import FSDP2, LOSS_TOLERANCE, NORM_TOLERANCE, python_path, run_ranks
-from tests.gpu.timeline import union
+from tests.gpu.timeline import Span, spans_of, union
 
 LIMIT_S = 110
 """Of one set of ranks."""
@@ -103,7 +104,8 @@ def rank_main(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         result["gpu"] = torch.cuda.get_device_name()
         for way, moved in WAYS.items():
-            result["ways"][way]["hidden"] = profiled(lambda moved=moved: step(moved), Path(args.folder), rank)
+            step(moved)
+            result["ways"][way]["hidden"] = hidden(spans_of(lambda moved=moved: step(moved)))
     Path(args.folder, f"{rank}.json").write_text(json.dumps(result))
     accelerator.end_training()
 
@@ -172,35 +174,15 @@ def measured(args: argparse.Namespace, model: Any, step: Any, device: Any) -> di
     return {"ways": ways}
 
 
-def profiled(step: Any, folder: Path, rank: int) -> float:
-    """The hidden share of communication of one step."""
-    import torch
-
-    step()
-    torch.cuda.synchronize()
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    file = folder / f"trace_{rank}.json"
-    profile.export_chrome_trace(str(file))
-    return hidden(json.loads(file.read_text())["traceEvents"])
-
-
-def hidden(events: list[dict[str, Any]]) -> float:
-    """Share of the time of kernels that move tokens in which a kernel that computes ran; 0 without any.
-
-    Args:
-        events: of a chrome trace, in microseconds.
-    """
-    kernels = [each for each in events if each.get("cat") == "kernel" and each.get("dur")]
-    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for each in kernels:
-        name = each["name"].lower()
+def hidden(spans: Sequence[Span]) -> float:
+    """Share of the time of kernels that move tokens in which a kernel that computes ran; 0 without any."""
+    kinds: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for each in spans:
+        name = each.name.lower()
         moves = any(word in name for word in ("sendrecv", "deep_ep", "intranode", "internode"))
-        if moves or "nccl" not in name:  # neither is what FSDP2 gathers and reduces
-            spans[moves].append((float(each["ts"]), float(each["ts"]) + float(each["dur"])))
-    moving, computing = union(spans[True]), union(spans[False])
+        if moves or not ("nccl" in name or name.startswith(("memcpy", "memset"))):  # nccl: FSDP2's
+            kinds[moves].append((each.start, each.start + each.duration))
+    moving, computing = union(kinds[True]), union(kinds[False])
     both = sum(max(0.0, min(end, other) - max(start, first)) for start, end in moving for first, other in computing)
     total = sum(end - start for start, end in moving)
     return both / total if total else 0.0

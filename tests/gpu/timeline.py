@@ -38,10 +38,11 @@ class Standing(NamedTuple):
 
 def standings(parts: Sequence[tuple[str, Callable[[], Any]]]) -> dict[str, Standing]:
     """Run the parts of a step, waiting for the GPU after each, and say what it did in each."""
-    return {name: standing(_spans(work)) for name, work in parts}
+    return {name: standing(spans_of(work)) for name, work in parts}
 
 
-def _spans(work: Callable[[], Any]) -> list[Span]:
+def spans_of(work: Callable[[], Any]) -> list[Span]:
+    """What runs on this process's GPU while `work` does, and until all of it is over."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

@@ -16,6 +16,7 @@ from moe_accel.dispatch.halves import travel
 from moe_accel.experts import find_experts, settings_of
 from tests.families import available_families, build_tiny, tiny_inputs, tiny_loss
 from tests.gpu.beside import hidden
+from tests.gpu.timeline import Span
 from tests.unit.recorded_transport import EARLY, LATE, Carried, assert_same, built, shared_of, trained, transported
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -243,11 +244,8 @@ def test_rows_under_way_are_waited_for_when_what_is_beside_them_fails():
 
 
 def test_the_measurement_counts_communication_that_another_kernel_runs_beside():
-    def kernel(name, ts, dur):
-        return {"cat": "kernel", "name": name, "ts": ts, "dur": dur}
-
-    talks = [kernel("ncclDevKernel_SendRecv", 0, 10), kernel("void deep_ep::intranode::combine", 20, 10)]
-    talks += [kernel("ncclDevKernel_AllGather", 0, 40)]
-    others = [kernel("gemm", 5, 3), kernel("gemm", 6, 4), kernel("gemm", 29, 9), {"cat": "cpu_op", "ts": 20, "dur": 10}]
+    talks = [Span(0, 10, "ncclDevKernel_SendRecv"), Span(20, 10, "void deep_ep::intranode::combine")]
+    talks += [Span(0, 40, "ncclDevKernel_AllGather")]
+    others = [Span(5, 3, "gemm"), Span(6, 4, "gemm"), Span(29, 9, "gemm"), Span(20, 10, "Memcpy DtoD")]
     assert hidden(talks + others) == (5 + 1) / 20
     assert hidden(others) == 0
