@@ -9,8 +9,9 @@ A graph knows addresses and nothing else. What a call depends on besides its ten
 parameters are those that were recorded, where they were, and wanted gradients or not, that nobody changed an attribute
 (PEFT turns adapters off by one), replaced a part or put a hook in. Anything else is computed as ever: another shape, a
 mask, packed sequences of other lengths, dropout, a cache, checkpointing, evaluation, a second forward before the first
-one's backward. What is recorded is played beside the module's own computation in its first step, and used from the
-next one on if both give the same: all layers in one step, so what one's graphs do to the memory of another is seen.
+one's backward. In the step in which it is recorded, and in the next one, it is played beside the module's own
+computation, which is used, and by itself from then on if both gave the same: all layers in one step, so that what one's
+graphs do to the memory of another is seen. A trial holds what attention keeps for backward twice.
 
 FSDP2 frees gathered parameters and gathers them anew: `keep_in_place` leaves those of attention their memory.
 """
@@ -36,6 +37,8 @@ CALLS = 2
 """Calls of a kind, one after the other, that are computed as ever before it is recorded."""
 OTHER_CALLS = 50
 """Calls of another kind, one after the other, for which what is recorded is recorded anew."""
+OPEN = 50
+"""Trials, one after the other, that say nothing, before somebody is told."""
 PASSED_BY = 10
 """Calls that cannot be recorded, one after the other, before somebody is told."""
 RECORDINGS = 3
@@ -75,10 +78,10 @@ class Graphs:
         """The module's output, played if that is as good."""
         self.owner = self.owner or weakref.ref(module)
         is_replica = self.owner() is not module  # of DataParallel, with the attributes of its model
-        if self.recording is not None and self.recording.trial.problem:
+        if self.recording is not None and self.recording.trial.problem and self.recorded <= RECORDINGS:
             self._refuse(module, self.recording.trial.problem)
-        if self.recorder.has_failed and self.gathered:
-            self._give_up()
+        if self.recorder.has_failed or self.recorded > RECORDINGS:
+            self._let_go()
         if self.recorded > RECORDINGS or self.recorder.has_failed or is_replica:
             return own(*args, **kwargs)
         try:
@@ -100,6 +103,10 @@ class Graphs:
             self._drop()
             return own(*args, **kwargs)
         self.calls = self.passed_by = 0
+        if recording.trial.num_open > OPEN and not self.recorder.has_told:
+            self.recorder.has_told = True
+            reason = "its gradients were zero, infinite or not asked for"
+            warnings.warn(f"{type(module).__name__} is tried, and not used, so far: {reason}", stacklevel=2)
         return recording.play(found.tensors, own)
 
     def _drop(self) -> None:
@@ -129,6 +136,8 @@ class Graphs:
         if not (watched.trained() or any(each.requires_grad for each in found.tensors)):
             self.calls = -OTHER_CALLS  # nothing to train yet
             return
+        if not self.recorder.may_record():
+            return
         self.recorded += 1
         problem = watched.problem()
         if self.recorded > RECORDINGS:
@@ -143,11 +152,15 @@ class Graphs:
 
     def _refuse(self, module: nn.Module, problem: str) -> None:
         """Compute it as ever from now on, and say why."""
-        self._give_up()
+        self.recorded = RECORDINGS + 1
+        self._let_go()
         warnings.warn(f"{type(module).__name__} is computed without a CUDA graph: {problem}", stacklevel=2)
 
-    def _give_up(self) -> None:
-        self.recording, self.recorded = None, RECORDINGS + 1
+    def _let_go(self) -> None:
+        """Of what is not used any more, and of gathered weights; not before a backward that reads them."""
+        if self.recording is not None and self.recording.is_pending:
+            return
+        self.recording = None
         for parameter in self.gathered:
             vars(parameter).pop("free_unsharded_param", None)
         self.gathered.clear()
@@ -192,7 +205,7 @@ def install(model: nn.Module, device: torch.device, compiled: bool, gathers: boo
     leave_cache_out(model)
     weights = sum(each.numel() for module in found for each in module.parameters())
     stays = f"; FSDP2 leaves its {short(weights)} weights gathered" if gathers else ""
-    return [f"attention of {len(found)} layers as CUDA graphs, from the fourth of equal steps on{stays}"]
+    return [f"attention of {len(found)} layers as CUDA graphs, from the fifth of equal steps on{stays}"]
 
 
 def leave_cache_out(model: nn.Module) -> None:

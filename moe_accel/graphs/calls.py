@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 
 from moe_accel.padding.attention import Packed
 from moe_accel.swap import is_bare
@@ -26,14 +25,12 @@ class Given(NamedTuple):
         kind: the structure around them with their shapes and dtypes, and the state of torch that matters.
         autocast: whether it is on, and its dtype.
         stream: the GPU's, that it is computed on.
-        attention: the kernels that torch's may choose from.
     """
 
     tensors: list[Tensor]
     kind: tuple[Any, ...]
     autocast: tuple[bool, torch.dtype]
     stream: int | None
-    attention: list[SDPBackend]
 
 
 def given(device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
@@ -53,20 +50,14 @@ def given(device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gi
         device = torch.device(device_type, torch.cuda.current_device())
     if any(each.device != device for each in tensors):
         raise Unusual("tensors on another device")
-    attention = _attention_kernels()
-    how = attention, torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
-    return Given(tensors, (kind, autocast, stream, how), autocast, stream, attention)
+    return Given(tensors, (kind, autocast, stream, _how_to_compute()), autocast, stream)
 
 
-def _attention_kernels() -> list[SDPBackend]:
-    cuda, kernels = torch.backends.cuda, SDPBackend
-    allowed = {
-        kernels.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
-        kernels.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
-        kernels.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
-        kernels.MATH: cuda.math_sdp_enabled(),
-    }
-    return [kernel for kernel, is_allowed in allowed.items() if is_allowed]
+def _how_to_compute() -> tuple[Any, ...]:
+    """What is set of torch that chooses between kernels."""
+    cuda = torch.backends.cuda
+    attention = cuda.flash_sdp_enabled(), cuda.cudnn_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
+    return *attention, cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
 
 
 def kind_of(value: Any, tensors: list[Tensor]) -> Any:
@@ -141,15 +132,15 @@ class Watched:
 
     @contextmanager
     def replaced(self, tensors: Mapping[Tensor, Tensor]) -> Iterator[None]:
-        """The module with the tensors that it had, or other ones in place of those."""
-        places = [(held, name, held.get(name), tensors.get(one, one)) for held, name, one, _, _ in self._tensors]
-        for held, name, _, each in places:
-            held[name] = each
+        """The module with other tensors in place of some of its own."""
+        places = [(held, name, one) for held, name, one, _, _ in self._tensors if one in tensors]
+        for held, name, one in places:
+            held[name] = tensors[one]
         try:
             yield
         finally:
-            for held, name, before, _ in places:
-                held[name] = before
+            for held, name, one in places:
+                held[name] = one
 
     def is_same(self, module: nn.Module) -> bool:
         """Whether nothing of it changed."""

@@ -3,15 +3,13 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import copy_context
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.attention import sdpa_kernel
 
 from moe_accel import garbage
 from moe_accel.graphs.calls import Given, Unusual, Watched, kind_of, packed_in, with_tensors
@@ -88,6 +86,17 @@ class Recorder:
                 return last.number < recording.number
             self._waiting.pop()
         return True
+
+    def may_record(self) -> bool:
+        """Whether all forwards that wait for their backward are trials, so that one sees what recording spoils.
+
+        Otherwise the next ones will be.
+        """
+        waiting = [each for each in (each() for each in self._waiting) if each is not None and each.is_pending]
+        if not any(each.is_alone for each in waiting):
+            return True
+        self.round.number += 1
+        return False
 
     def played_forward(self, recording: "Recording") -> None:
         """Its backward may come now."""
@@ -182,6 +191,20 @@ class _Token:
     """Alive as long as the backward of a forward may come."""
 
 
+class Made(NamedTuple):
+    """By a forward that was played.
+
+    Attributes:
+        outputs: the caller's own.
+        wants: whether each has a gradient.
+        own: in a trial, the module's own outputs, with what autograd knows of them.
+    """
+
+    outputs: list[Tensor]
+    wants: list[bool]
+    own: list[Tensor] | None
+
+
 class Recording:
     """Of one module, for one kind of call.
 
@@ -194,6 +217,7 @@ class Recording:
         num_played: how often its forward was played.
         era: of the recorder, when it was recorded.
         trial: of what it plays.
+        is_alone: whether its last forward was no trial.
     """
 
     def __init__(self, recorder: Recorder, watched: Watched, call: Callable, args: tuple, kwargs: dict, found: Given):
@@ -204,11 +228,11 @@ class Recording:
             RuntimeError: it does what a graph cannot.
         """
         self.kind, self.watched = found.kind, watched
-        self.num_played, self._turn = 0, None
+        self.num_played, self._turn, self.is_alone = 0, None, False
         self.number, self.era, self._recorder = recorder.number(), recorder.era, recorder
         self.trial = Trial(recorder.round)
         self._trained, self._pending = watched.trained(), None
-        self._autocast, self._attention, self._device_type = found.autocast, found.attention, recorder.device_type
+        self._autocast, self._device_type = found.autocast, recorder.device_type
         self._inputs = [each.detach().clone().requires_grad_(each.requires_grad) for each in found.tensors]
         args, items = with_tensors((args, tuple(kwargs.items())), iter(self._inputs))
         self._given = args, dict(items)
@@ -248,7 +272,9 @@ class Recording:
     def _differentiate(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of inputs and parameters that want one, in this order."""
         wanting = [each for each in outputs if each.requires_grad]
-        return list(torch.autograd.grad(wanting, self._sources, self._gradients, allow_unused=True, retain_graph=True))
+        how: dict[str, Any] = {"allow_unused": True, "retain_graph": True}
+        with torch.autocast(self._device_type, enabled=False):  # it is recorded in a forward
+            return list(torch.autograd.grad(wanting, self._sources, self._gradients, **how))
 
     @property
     def is_pending(self) -> bool:
@@ -261,42 +287,38 @@ class Recording:
 
     def play(self, tensors: Sequence[Tensor], call: Callable) -> Any:
         """The output for such tensors of the module, which does `call` itself."""
-        # In backward, too, context variables are those of this call: hooks of the module set some.
-        own = partial(copy_context().run, call) if self.trial.is_due else None
-        outputs: Any = _Play.apply(self, own, len(tensors), *tensors, *self._trained)
+        outputs: Any = _Play.apply(self, call if self.trial.is_due else None, len(tensors), *tensors, *self._trained)
         return with_tensors(self._made, iter(outputs))
 
-    def forward(
-        self, tensors: Sequence[Tensor], token: _Token, own: Callable | None = None
-    ) -> tuple[int, list[Tensor], list[bool]]:
+    def forward(self, tensors: Sequence[Tensor], token: _Token, call: Callable | None) -> tuple[int, Made]:
         """Play it.
 
         Args:
             tensors: for the recorded ones.
             token: lives until backward is over, or cannot come.
-            own: for a trial, what the module does itself, of which this is the output then.
+            call: for a trial, what the module does itself; its outputs are what is used then.
 
         Returns:
-            The turn that this is; the outputs, which are the caller's own; and whether each has a gradient.
+            The turn that this is, and the outputs.
         """
         _copy([each.detach() for each in self._inputs], tensors)
         self._forward()
         self.num_played += 1
-        self._turn, self._pending = self.num_played, weakref.ref(token)
+        self._turn, self._pending, self.is_alone = self.num_played, weakref.ref(token), call is None
         self._recorder.played_forward(self)
-        outputs = _owned(self._outputs)
-        if own is not None:
-            played, outputs = outputs, _owned(self._compute(own)[1])
-            self.trial.compare_outputs(played, outputs)
-        return self.num_played, outputs, self._wants
+        if call is None:
+            return self.num_played, Made(_owned(self._outputs), self._wants, None)
+        _, own = self._compute(call)
+        self.trial.compare_outputs(self._outputs, own)
+        return self.num_played, Made(_owned(own), self._wants, own)
 
-    def backward(self, turn: int, gradients: Sequence[Tensor], own: Callable | None = None) -> list[Tensor | None]:
+    def backward(self, turn: int, gradients: Sequence[Tensor], own: list[Tensor] | None) -> list[Tensor | None]:
         """Gradients of inputs, then of parameters, which are the caller's own; None where there is none.
 
         Args:
             turn: of the forward.
             gradients: of the outputs.
-            own: as in forward.
+            own: of `Made`, which the forward returned.
 
         Raises:
             RuntimeError: it was played for that turn before, or what it needs was replaced.
@@ -310,30 +332,31 @@ class Recording:
         self._recorder.plays_backward(self)  # as earlier layers will
         wanted = [one for one, wants in zip(gradients, self._wants, strict=True) if wants]
         _copy(self._gradients, wanted)
-        self._backward()
-        found = _owned_where_any(self._found)
-        if own is not None:
-            with sdpa_kernel(self._attention):  # as in forward
-                _, outputs = self._compute(own)
-            played, found = found, _owned_where_any(self._differentiate(outputs))
-            self.trial.compare_gradients(played, found, self._gradients)
+        if not self.trial.problem:
+            self._backward()
+        if own is None:
+            found = _owned_where_any(self._found)
+        else:
+            found = _owned_where_any(self._differentiate(own))
+            if not self.trial.problem:
+                self.trial.compare_gradients(self._found, found, self._gradients)
         of_sources = iter(found)
         return [next(of_sources) if each.requires_grad else None for each in (*self._inputs, *self._trained)]
 
 
 class _Play(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: Recording, own: Callable | None, num_inputs: int, *tensors: Tensor) -> Any:
-        ctx.recording, ctx.own, ctx.token = recording, own, _Token()
-        ctx.turn, outputs, wanting = recording.forward(tensors[:num_inputs], ctx.token, own)
-        ctx.mark_non_differentiable(*(each for each, wants in zip(outputs, wanting, strict=True) if not wants))
+    def forward(ctx: Any, recording: Recording, call: Callable | None, num_inputs: int, *tensors: Tensor) -> Any:
+        ctx.recording, ctx.token = recording, _Token()
+        ctx.turn, (outputs, wants, ctx.own) = recording.forward(tensors[:num_inputs], ctx.token, call)
+        ctx.mark_non_differentiable(*(each for each, wanted in zip(outputs, wants, strict=True) if not wanted))
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.token = None
-        return None, None, None, *ctx.recording.backward(ctx.turn, gradients, ctx.own)
+        own, ctx.own, ctx.token = ctx.own, None, None
+        return None, None, None, *ctx.recording.backward(ctx.turn, gradients, own)
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -39,7 +39,7 @@ def test_message_is_that_of_torch(num_tokens, top_k, num_ranks, num_local, dtype
     truth = sort_torch(counted.ranks, num_ranks, num_tokens * min(num_ranks, top_k))
     rows, ranks = plan.cut(rows, num_rows), ranks[:num_rows]
     assert torch.equal(ranks.int(), truth.experts[:num_rows].int())
-    assert all(map(torch.equal, rows, plan.cut(RowMap(*truth[3:]), num_rows)))
+    assert all(map(torch.equal, rows[:3], plan.cut(RowMap(*truth[3:]), num_rows)[:3]))
 
     x = torch.randn(num_tokens, 2048, device="cuda", dtype=dtype, generator=generator)
     weights = torch.rand(num_tokens, top_k, device="cuda", generator=generator)

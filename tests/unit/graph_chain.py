@@ -1,6 +1,8 @@
 """Layers that are called as attention is, small, and recorded with what stands for graphs."""
 
 import copy
+import weakref
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +22,28 @@ class Attends(nn.Module):
 
     def forward(self, x, mask=None, **kwargs):
         return self.inner(x).tanh(), mask
+
+
+class Seen(torch.autograd.Function):
+    """x; whoever holds the part of autograd's graph that leads here holds its `ctx`."""
+
+    contexts: ClassVar[list] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        Seen.contexts.append(weakref.ref(ctx))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class AttendsByFunctions(Attends):
+    """Both of its last operations are made in Python."""
+
+    def forward(self, x, mask=None, **kwargs):
+        return Seen.apply(Seen.apply(self.inner(x))), mask
 
 
 def chain(num_layers=2, recorder=None):

@@ -6,7 +6,6 @@ import pickle
 import warnings
 import weakref
 from contextlib import nullcontext
-from typing import ClassVar
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from tests import graphs as cases
 from tests.families import available_families, build_tiny
 from tests.graphs import batch, told, trained, turns
 from tests.pretended_graphs import Pretended
-from tests.unit.graph_chain import Attends, chain, gradients, rows
+from tests.unit.graph_chain import AttendsByFunctions, Seen, chain, gradients, rows
 
 
 def models(family):
@@ -269,28 +268,6 @@ def test_attention_with_adapters_is_recorded():
     assert turns(made[0]) == [0, 0]
 
 
-class Seen(torch.autograd.Function):
-    """x; whoever holds the part of autograd's graph that leads here holds its `ctx`."""
-
-    contexts: ClassVar[list] = []
-
-    @staticmethod
-    def forward(ctx, x):
-        Seen.contexts.append(weakref.ref(ctx))
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-class AttendsByFunctions(Attends):
-    """Both of its last operations are made in Python."""
-
-    def forward(self, x, mask=None, **kwargs):
-        return Seen.apply(Seen.apply(self.inner(x))), mask
-
-
 def test_what_backward_reads_stays_where_a_function_in_python_comes_last():
     layers = nn.ModuleList([AttendsByFunctions()])
     graphs.record_attention(layers, Pretended())
@@ -299,7 +276,7 @@ def test_what_backward_reads_stays_where_a_function_in_python_comes_last():
         gradients(layers, (0,), rows(step))
     assert turns(layers) == [3]
     alive = [at for at, each in enumerate(Seen.contexts) if each() is not None]
-    recorded = 2 * (graphs.CALLS + 1)  # after as many calls as ever, and what the recorded is compared with
+    recorded = 2 * (graphs.CALLS + 1)  # after as many calls as ever, and one before it is recorded
     assert {recorded, recorded + 1} <= set(alive)
     # In torch 2.13 `grad_fn` of a function in Python keeps that, too; in 2.11 only the token of its edge does.
     (edge,) = vars(layers[0])["_moe_accel_graphs"].recording._held

@@ -1,17 +1,20 @@
 """What is played of recorded graphs is tried beside the module's own computation, all layers in one step."""
 
+import copy
+import gc
+import weakref
 from contextvars import ContextVar
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_accel import graphs
-from moe_accel.graphs.trial import OPEN, TOLERANCE, Round, Trial, near
+from moe_accel.graphs.trial import TOLERANCE, Round, Trial, near
 from tests.graphs import told, turns
 from tests.pretended_graphs import Pretended
-from tests.unit.graph_chain import Attends, chain, gradients, rows
+from tests.unit.graph_chain import Attends, AttendsByFunctions, Seen, chain, gradients, rows
 
 WRONG = "what was recorded is not what the module computes"
 
@@ -93,17 +96,211 @@ def trial_of(layer):
     return vars(layer)["_moe_accel_graphs"].recording.trial
 
 
-def test_all_are_tried_again_when_another_is_recorded():
-    layers, twin = chain(2)
+def lagging(recorder, num_steps, first=2):
+    """What is due of two layers after each step, the second of which is called otherwise before step `first`."""
+    layers, twin = chain(2, recorder)
     due = []
-    for step in range(7):
+    for step in range(num_steps):
         for each in (layers, twin):
             each.zero_grad()
-            each[1](each[0](rows(step))[0], mask=min(step, 2))[0].square().sum().backward()
+            each[1](each[0](rows(step))[0], mask=min(step, first))[0].square().sum().backward()
         for one, other in zip(layers.parameters(), twin.parameters(), strict=True):
-            assert torch.equal(one.grad, other.grad)
+            assert torch.equal(one.grad, other.grad), step
         due.append([trial_of(each).is_due if turns(each)[0] else None for each in layers])
-    assert due[1:] == [[None, None], [False, None], [False, None], [True, False], [False, False], [False, False]]
+    return due
+
+
+def test_all_are_tried_again_when_another_is_recorded():
+    due = lagging(Pretended(), 8)
+    assert due[:4] == [[None, None]] * 2 + [[False, None]] * 2
+    # The second is not recorded while the first plays by itself, and only what was recorded last is tried then.
+    assert due[4:] == [[True, None], [True, False], [False, False], [False, False]]
+
+
+def test_what_another_does_that_is_recorded_later_is_seen_before_it_is_used():
+    with told() as said:
+        due = lagging(Leaves(), 9, first=4)
+    assert said == [f"Attends is computed without a CUDA graph: {WRONG}"]
+    assert due[-1] == [None, False]
+
+
+class LeavesForward(Pretended):
+    """What forwards read that were recorded before."""
+
+    def record(self, work):
+        play, made = super().record(work)
+        number, (*_, last) = work.func.__self__.number, self.made[work.func.__self__]
+
+        def forward():
+            play()
+            if number < self._num_recorded:
+                last.mul_(1.1)
+
+        return (forward if work.func.__name__ == "_compute" else play), made
+
+
+def test_what_recording_does_to_forwards_before_it_is_seen():
+    layers, twin = chain(2, LeavesForward())
+    with told() as said:
+        for step in range(6):
+            assert all(map(torch.equal, gradients(layers, (0, 1), rows(step)), gradients(twin, (0, 1), rows(step))))
+    assert said == [f"Attends is computed without a CUDA graph: {WRONG}"]
+    assert turns(layers) == [None, 4]
+
+
+class CountsBackwards(Wrong):
+    wrong, played = ("_compute",), 0
+
+    def record(self, work):
+        play, made = super().record(work)
+
+        def counted():
+            self.played += 1
+            play()
+
+        return (counted if work.func.__name__ == "_differentiate" else play), made
+
+
+def test_no_backward_is_played_of_a_forward_that_was_wrong():
+    recorder = CountsBackwards()
+    layers, _ = chain(1, recorder)
+    with told() as said:
+        for step in range(4):
+            gradients(layers, (0,), rows(step))
+    assert (len(said), recorder.played) == (1, 0)
+
+
+def test_a_trial_whose_backward_never_comes_keeps_nothing():
+    held = ContextVar("held", default=None)
+
+    class Collects(Attends):
+        """As transformers collects hidden states: in a context variable."""
+
+        def forward(self, x, mask=None, **kwargs):
+            held.get().append(super().forward(x, mask)[0])
+            return held.get()[-1], mask
+
+    layers = nn.ModuleList([Collects()])
+    graphs.record_attention(layers, Pretended())
+    for step in range(6):
+        token, made = held.set([]), None
+        made = layers[0](rows(step))[0]
+        held.get().append(made)
+        held.reset(token)
+        if step != graphs.CALLS:
+            made.square().sum().backward()
+    assert turns(layers) == [4], "the third step's does not wait for ever"
+    assert not trial_of(layers[0]).is_due
+    gone = [weakref.ref(each) for each in (layers[0], made.grad_fn)]
+    gc.disable()
+    try:
+        del layers, made
+        assert [each() for each in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_loss_that_is_kept_keeps_no_module_and_nothing_of_a_trial():
+    layers = nn.ModuleList([AttendsByFunctions()])
+    graphs.record_attention(layers, Pretended())
+    for step in range(graphs.CALLS + 1):
+        loss = layers[0](rows(step))[0].square().sum()
+        tried = Seen.contexts[-2:]
+        loss.backward()
+    assert turns(layers) == [1]
+    assert [each() for each in tried] == [None, None]
+    gone = weakref.ref(layers[0])
+    gc.disable()
+    try:
+        del layers
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert loss.grad_fn is not None
+
+
+def test_what_a_backward_to_come_reads_is_let_go_of_after_it():
+    layers, twin = chain(1)
+    for step in range(6):
+        gradients(layers, (0,), rows(step))
+    found = vars(layers[0])["_moe_accel_graphs"]
+    weight = SimpleNamespace(free_unsharded_param=None)  # as FSDP2 has for a weight that stays gathered
+    found.gathered.append(weight)
+    for each in (layers, twin):
+        each.zero_grad()
+    made = layers[0](rows(6))[0]
+    found.recorder.has_failed = True
+    layers[0](rows(7))
+    assert vars(weight)
+    made.sum().backward()
+    twin[0](rows(6))[0].sum().backward()
+    for one, other in zip(layers.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    layers[0](rows(8))
+    assert not vars(weight)
+    assert found.recording is None
+
+
+class Scales(Attends):
+    """By an attribute, as PEFT's layers do for the adapter that is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = 1.0
+
+    def forward(self, x, mask=None, **kwargs):
+        return self.inner(x * self.factor).tanh(), mask
+
+
+def test_a_module_that_changes_before_its_backward_has_the_gradients_of_its_forward():
+    torch.manual_seed(0)
+    layers = nn.ModuleList([Scales()])
+    twin = copy.deepcopy(layers)
+    graphs.record_attention(layers, Pretended())
+    with told() as said:
+        for step in range(6):
+            for each in (layers, twin):
+                each.zero_grad()
+                each[0].factor = 1.0
+                made = each[0](rows(step))[0]
+                each[0].factor = 2.0
+                made.square().sum().backward()
+            assert torch.equal(layers[0].inner.weight.grad, twin[0].inner.weight.grad)
+    assert not said
+    assert turns(layers) == [4]
+    assert not trial_of(layers[0]).is_due
+
+
+class Counts(Attends):
+    """Its calls, in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x, mask=None, **kwargs):
+        self.seen = self.seen + 1
+        return self.inner(x).tanh(), mask
+
+
+def test_a_buffer_that_forward_replaces_is_never_played_past():
+    layers = nn.ModuleList([Counts()])
+    graphs.record_attention(layers, Pretended())
+    with told() as said:
+        for step in range(12):
+            gradients(layers, (0,), rows(step))
+    why = "its calls overlap, or its parameters or attributes change, all the time"
+    assert said == [f"Attends is computed without a CUDA graph: {why}".replace("Attends", "Counts")]
+    assert layers[0].seen >= 12
+
+
+def test_double_precision_is_tried_too():
+    layers, twin = chain(1)
+    layers.double(), twin.double()
+    for step in range(5):
+        x = rows(step).detach().double().requires_grad_()
+        assert all(map(torch.equal, gradients(layers, (0,), x), gradients(twin, (0,), x)))
+    assert not trial_of(layers[0]).is_due
 
 
 @pytest.mark.parametrize("factor", [0.0, torch.inf, torch.nan])
@@ -131,38 +328,15 @@ def test_gradients_that_say_nothing_are_not_taken_for_a_trial(factor, recorder):
         assert said == [f"Attends is computed without a CUDA graph: {WRONG}"] * 2
 
 
-def test_a_trial_that_stays_open_is_told():
-    layers, _ = chain(1)
+def test_a_trial_that_stays_open_is_told_once_and_goes_on():
+    layers, twin = chain(2)
     with told() as said:
-        for step in range(graphs.CALLS + OPEN + 3):
-            (layers[0](rows(step))[0] * 0).sum().backward()
-    why = "its gradients were zero, infinite or not asked for 50 times"
-    assert said == [f"Attends is computed without a CUDA graph: {why}"]
-    assert turns(layers) == [None]
-
-
-def test_a_trial_computes_as_its_forward_in_backward_too():
-    seen, inside = [], ContextVar("inside", default=False)
-
-    class Looks(Attends):
-        def forward(self, x, mask=None, **kwargs):
-            allowed = torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
-            seen.append((*allowed, inside.get()))
-            return super().forward(x, mask)
-
-    layers = nn.ModuleList([Looks()])
-    graphs.record_attention(layers, Pretended())
-    layers[0].register_forward_pre_hook(lambda *given: inside.set(True) and None)
-    layers[0].register_forward_hook(lambda *given: inside.set(False) and None)
-    for step in range(3):
-        with sdpa_kernel(SDPBackend.MATH):
-            x = layers[0](rows(step))[0]
-        x.sum().backward()
-    assert turns(layers) == [1]
-    assert not trial_of(layers[0]).is_due
-    # Twice as ever, before and while it is recorded, played and by itself, by itself in backward.
-    assert seen == [(True, False, True)] * 7
-    assert torch.backends.cuda.flash_sdp_enabled()
+        for step in range(graphs.CALLS + graphs.OPEN + 5):
+            (layers[1](layers[0](rows(step))[0])[0] * 0).sum().backward()
+        for step in range(3):
+            assert all(map(torch.equal, gradients(layers, (0, 1), rows(step)), gradients(twin, (0, 1), rows(step))))
+    assert said == ["Attends is tried, and not used, so far: its gradients were zero, infinite or not asked for"]
+    assert not any(trial_of(each).is_due for each in layers)
 
 
 def passed(trial):
@@ -192,9 +366,12 @@ def test_what_is_not_a_number_in_both_is_the_same():
 def test_open_trials_are_counted_from_the_last_that_was_over():
     trial = Trial(Round())
     for _ in range(3):
-        for _ in range(OPEN - 1):
+        for open_now in range(3):
+            assert trial.num_open == open_now
             trial.compare_outputs([torch.ones(2)], [torch.ones(2)])
         assert passed(trial)
+    trial.compare_gradients([torch.ones(2)], [torch.ones(2)], [torch.zeros(2)])
+    assert passed(trial)
 
 
 ONES, TWICE, SOME = torch.ones(3), torch.full((3,), 2.0), torch.tensor([1.0, torch.inf, 1.0])
