@@ -18,17 +18,6 @@ def new_accelerate_state():
     GradientState._reset_state()
 
 
-@pytest.fixture
-def one_thread():
-    """Products of tiny models are slower on several threads, by far where others use the cores too."""
-    import torch  # not for the tests that need no torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "model"

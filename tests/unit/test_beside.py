@@ -19,8 +19,6 @@ from tests.gpu.beside import hidden
 from tests.gpu.timeline import Span
 from tests.unit.recorded_transport import EARLY, LATE, Carried, assert_same, built, shared_of, trained, transported
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 both = pytest.mark.parametrize("family", [LATE, EARLY])
 MOVED = ["launch", "shared", "arrive", "combine", "back: launch", "back: shared", "back: arrive"]
 IN_PLACE = {

@@ -9,8 +9,6 @@ from moe_accel.experts.find_beside import find
 from tests.families import build_tiny
 from tests.unit.recorded_transport import EARLY, spread
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Block(nn.Module):
     """A block with experts and a shared expert that tests put together as they like."""

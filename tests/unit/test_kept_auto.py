@@ -18,7 +18,7 @@ from tests.fake_memory import FakeMemory
 from tests.families import build_tiny, tiny_inputs, tiny_loss
 from tests.unit.test_kept import fsdp
 
-pytestmark = pytest.mark.usefixtures("new_accelerate_state", "one_thread")
+pytestmark = pytest.mark.usefixtures("new_accelerate_state")
 
 NUM_LAYERS = 6
 SEQUENCE = 12

@@ -14,8 +14,6 @@ from moe_accel.padding import attention, twin
 from tests.families import build_tiny
 from tests.family_data import VOCAB
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LENGTHS = (9, 17, 4)
 WIDTH = 19
 """More than the longest, and more than twice the sliding window of the tiny configs."""

@@ -7,7 +7,7 @@ import torch
 
 from tests.gpu import rounding
 
-pytestmark = pytest.mark.usefixtures("new_accelerate_state", "one_thread")
+pytestmark = pytest.mark.usefixtures("new_accelerate_state")
 
 
 def test_errors_are_relative_and_by_kind():

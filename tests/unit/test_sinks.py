@@ -14,8 +14,6 @@ from tests.families import available_families, build_tiny
 from tests.unit.fresh_python import python
 from tests.unit.test_padding import LENGTHS, SAME, WIDTH, assert_same, pair, ragged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SINKS = ["gpt_oss", "mimo_v2_flash", "deepseek_v4"]
 IN_FP32 = {"granitemoe_swa": "computed", "flint": "left out"}
 """Families whose softmax with sinks is in fp32 whatever the dtype, and what becomes of padding: in a row of nothing
