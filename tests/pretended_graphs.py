@@ -35,6 +35,9 @@ class Pretended(Recorder):
 
     def record(self, work):
         recording, made = work.func.__self__, work()
+        autocast = functools.partial(  # a graph computes in the dtypes in which it was recorded
+            torch.autocast, "cpu", torch.get_autocast_dtype("cpu"), enabled=torch.is_autocast_enabled("cpu")
+        )
         recorded = weakref.ref(recording)
         is_forward = work.func.__name__ == "_compute"
         if is_forward:
@@ -52,11 +55,12 @@ class Pretended(Recorder):
                     each.fill_(torch.nan)
                 if other.number > recording.number:
                     self.kept.pop(other, None)
-            if is_forward:
-                owner, function = self.calls[recording]
-                found = self.kept[recording] = recording._compute(functools.partial(function, owner()))[1]
-            else:
-                found = recording._differentiate(self.kept[recording])
+            with autocast():
+                if is_forward:
+                    owner, function = self.calls[recording]
+                    found = self.kept[recording] = recording._compute(functools.partial(function, owner()))[1]
+                else:
+                    found = recording._differentiate(self.kept[recording])
             for one, each in zip(ours, [each for each in found if each is not None], strict=True):
                 one.copy_(each)
 

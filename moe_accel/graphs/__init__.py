@@ -9,9 +9,9 @@ A graph knows addresses and nothing else. What a call depends on besides its ten
 parameters are those that were recorded, where they were, and wanted gradients or not, that nobody changed an attribute
 (PEFT turns adapters off by one), replaced a part or put a hook in. Anything else is computed as ever: another shape, a
 mask, packed sequences of other lengths, dropout, a cache, checkpointing, evaluation, a second forward before the first
-one's backward. In the step in which it is recorded, and in the next one, it is played beside the module's own
-computation, which is used, and by itself from then on if both gave the same: all layers in one step, so that what one's
-graphs do to the memory of another is seen. A trial holds what attention keeps for backward twice.
+one's backward. In the step in which it is recorded, and in the next one unless it was the last, it is played beside the
+module's own computation, which is used, and by itself from then on if both gave the same: all layers in one step, so
+that what one's graphs do to the memory of another is seen. A trial holds twice what attention keeps for backward.
 
 FSDP2 frees gathered parameters and gathers them anew: `keep_in_place` leaves those of attention their memory.
 """
@@ -56,6 +56,7 @@ class Graphs:
         calls: so many of this kind came one after the other, without a recording of it.
         passed_by: so many came one after the other that cannot be recorded.
         recorded: how often it was; more than `RECORDINGS` if it is given up.
+        put_off: so often it was not, one after the other, because others were played without a trial.
         gathered: FSDP2's objects for its parameters, which leave them their memory.
     """
 
@@ -64,7 +65,7 @@ class Graphs:
         self.owner: Any = None
         self.recording: Recording | None = None
         self.kind: Any = None
-        self.calls = self.passed_by = self.recorded = 0
+        self.calls = self.passed_by = self.recorded = self.put_off = 0
         self.gathered: list[Any] = []
 
     def __deepcopy__(self, memo: dict) -> "Graphs":
@@ -103,10 +104,8 @@ class Graphs:
             self._drop()
             return own(*args, **kwargs)
         self.calls = self.passed_by = 0
-        if recording.trial.num_open > OPEN and not self.recorder.has_told:
-            self.recorder.has_told = True
-            reason = "its gradients were zero, infinite or not asked for"
-            warnings.warn(f"{type(module).__name__} is tried, and not used, so far: {reason}", stacklevel=2)
+        if recording.trial.num_open > OPEN:
+            self._tell(module, "recorded, and not used so far: its gradients were zero, infinite or not asked for")
         return recording.play(found.tensors, own)
 
     def _drop(self) -> None:
@@ -126,19 +125,24 @@ class Graphs:
     def _pass_by(self, module: nn.Module, reason: str) -> None:
         """Say once of a model why nothing is recorded, where it goes on like this."""
         self.passed_by += 1
-        if self.passed_by > PASSED_BY and self.recording is None and not self.recorder.has_told:
+        if self.passed_by > PASSED_BY and self.recording is None:
+            self._tell(module, f"computed without a CUDA graph so far, because of {reason}")
+
+    def _tell(self, module: nn.Module, what: str) -> None:
+        """Say once of a model what is not as it should be."""
+        if not self.recorder.has_told:
             self.recorder.has_told = True
-            name = type(module).__name__
-            warnings.warn(f"{name} is computed without a CUDA graph so far, because of {reason}", stacklevel=2)
+            warnings.warn(f"{type(module).__name__} is {what}", stacklevel=2)
 
     def _record(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
         watched = Watched(module)
         if not (watched.trained() or any(each.requires_grad for each in found.tensors)):
             self.calls = -OTHER_CALLS  # nothing to train yet
             return
-        if not self.recorder.may_record():
+        if not self.recorder.may_record:
+            self._put_off(module)
             return
-        self.recorded += 1
+        self.recorded, self.put_off = self.recorded + 1, 0
         problem = watched.problem()
         if self.recorded > RECORDINGS:
             problem = "its calls overlap, or its parameters or attributes change, all the time"
@@ -149,6 +153,18 @@ class Graphs:
                 problem = str(error).strip().partition("\n")[0]
         if problem:
             self._refuse(module, problem)
+
+    def _put_off(self, module: nn.Module) -> None:
+        """Let all others be tried in the next forward, so that it may be recorded then; but not for ever."""
+        self.put_off += 1
+        if self.put_off <= PASSED_BY:
+            self.recorder.round.number += 1
+        else:
+            self._tell(
+                module,
+                "computed without a CUDA graph so far, because of forwards without a backward, or of "
+                "calls that are not alike",
+            )
 
     def _refuse(self, module: nn.Module, problem: str) -> None:
         """Compute it as ever from now on, and say why."""

@@ -28,7 +28,7 @@ class Recorder:
         has_told: whether somebody was told why nothing is recorded.
         has_failed: whether recording was ended by an error, after which nothing more is recorded.
         era: changes when all that was recorded before is to be recorded anew, in later forwards of the model.
-        round: of trials; another one whenever something is recorded.
+        round: of trials; another one whenever something is recorded, is to be, or was wrong.
     """
 
     device_type = "cuda"
@@ -87,16 +87,11 @@ class Recorder:
             self._waiting.pop()
         return True
 
+    @property
     def may_record(self) -> bool:
-        """Whether all forwards that wait for their backward are trials, so that one sees what recording spoils.
-
-        Otherwise the next ones will be.
-        """
+        """Whether all forwards that wait for their backward are trials, which see what recording spoils."""
         waiting = [each for each in (each() for each in self._waiting) if each is not None and each.is_pending]
-        if not any(each.is_alone for each in waiting):
-            return True
-        self.round.number += 1
-        return False
+        return not any(each.is_alone for each in waiting)
 
     def played_forward(self, recording: "Recording") -> None:
         """Its backward may come now."""
@@ -242,7 +237,8 @@ class Recording:
         self._sources = [each for each in (*self._inputs, *self._aliases.values()) if each.requires_grad]
         if not recorder.is_for(found.stream):
             raise Unusual("another stream")
-        with recorder.beside():
+        # Backward is recorded in a forward, and must not be under its autocast; forward sets its own.
+        with recorder.beside(), torch.autocast(self._device_type, enabled=False):
             with recorder.refusing_to_wait():  # what is made at a first call is made here, not recorded
                 _, outputs = self._compute(call)
             wanting = [each.detach() for each in outputs if each.requires_grad]
@@ -272,9 +268,7 @@ class Recording:
     def _differentiate(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of inputs and parameters that want one, in this order."""
         wanting = [each for each in outputs if each.requires_grad]
-        how: dict[str, Any] = {"allow_unused": True, "retain_graph": True}
-        with torch.autocast(self._device_type, enabled=False):  # it is recorded in a forward
-            return list(torch.autograd.grad(wanting, self._sources, self._gradients, **how))
+        return list(torch.autograd.grad(wanting, self._sources, self._gradients, allow_unused=True, retain_graph=True))
 
     @property
     def is_pending(self) -> bool:
@@ -308,6 +302,7 @@ class Recording:
         self._recorder.played_forward(self)
         if call is None:
             return self.num_played, Made(_owned(self._outputs), self._wants, None)
+        _copy([each.data for each in self._inputs], tensors)  # it may have changed them, and keeps them as they were
         _, own = self._compute(call)
         self.trial.compare_outputs(self._outputs, own)
         return self.num_played, Made(_owned(own), self._wants, own)
@@ -341,7 +336,9 @@ class Recording:
             if not self.trial.problem:
                 self.trial.compare_gradients(self._found, found, self._gradients)
         of_sources = iter(found)
-        return [next(of_sources) if each.requires_grad else None for each in (*self._inputs, *self._trained)]
+        # As it was recorded: what wants a gradient by now is for autograd to know.
+        recorded = *self._inputs, *self._aliases.values()
+        return [next(of_sources) if each.requires_grad else None for each in recorded]
 
 
 class _Play(torch.autograd.Function):

@@ -18,7 +18,7 @@ from tests import graphs as cases
 from tests.families import available_families, build_tiny
 from tests.graphs import batch, told, trained, turns
 from tests.pretended_graphs import Pretended
-from tests.unit.graph_chain import AttendsByFunctions, Seen, chain, gradients, rows
+from tests.unit.graph_chain import Attends, AttendsByFunctions, Seen, chain, gradients, rows
 
 
 def models(family):
@@ -84,6 +84,77 @@ def test_weights_and_inputs_may_need_no_gradient(step):
     found, expected = ([each.grad for each in both.parameters()] for both in (layers, twin))
     assert [each is None for each in found] == [each is None for each in expected] == [True, False, False, True]
     assert all(torch.equal(*each) for each in zip(found, expected, strict=True) if each[0] is not None)
+
+
+@pytest.mark.parametrize("step", [graphs.CALLS, graphs.CALLS + 3], ids=["in a trial", "by itself"])
+@pytest.mark.parametrize("was_trained", [True, False])
+def test_weights_may_be_frozen_or_not_between_forward_and_backward(step, was_trained):
+    layers, twin = chain()
+    for each in (layers, twin):
+        each[0].inner.weight.requires_grad_(was_trained)
+    for at in range(step):
+        both = (trained_chain(each, rows(at)) for each in (layers, twin))
+        assert all(map(torch.equal, *both))
+    found = [trained_chain(each, rows(step), each[0].inner.weight) for each in (layers, twin)]
+    assert turns(layers) == [step - graphs.CALLS + 1] * 2
+    assert len(found[0]) == len(found[1]) == 3
+    assert all(map(torch.equal, *found))
+
+
+def trained_chain(layers, x, turned=None):
+    """Gradients, where there are some; of `turned` it is changed before backward whether it wants one."""
+    layers.zero_grad()
+    loss = layers[1](layers[0](x)[0])[0].square().sum()
+    if turned is not None:
+        turned.requires_grad_(not turned.requires_grad)
+    loss.backward()
+    return [each.grad for each in layers.parameters() if each.grad is not None]
+
+
+def test_one_that_waits_for_others_for_ever_is_told_and_lets_them_play():
+    layers, twin = chain(3)
+    kept = []
+    with told() as said:
+        for step in range(30):
+            for each in (layers, twin):
+                each.zero_grad()
+                x = each[0](rows(step))[0]
+                if step == 5:
+                    kept.append(x)  # its backward may come, and does not
+                    x = x.detach()
+                last = each[2](each[1](x)[0], mask=min(step, 6))[0]
+                last.square().sum().backward()
+            for one, other in zip(layers.parameters(), twin.parameters(), strict=True):
+                assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad), step
+    why = "forwards without a backward, or of calls that are not alike"
+    assert said == [f"Attends is computed without a CUDA graph so far, because of {why}"]
+    assert not vars(layers[1])["_moe_accel_graphs"].recording.trial.is_due
+    assert turns(layers)[2] == 0
+
+
+class InFull(Attends):
+    """A product in fp32 under autocast, too."""
+
+    def forward(self, x, mask=None, **kwargs):
+        with torch.autocast("cpu", enabled=False):
+            return self.inner(x.float()).tanh(), mask
+
+
+def test_backward_is_recorded_without_the_autocast_of_forward():
+    torch.manual_seed(0)
+    layers = nn.ModuleList([InFull(), InFull()])
+    twin = copy.deepcopy(layers)
+    graphs.record_attention(layers, Pretended())
+    for step in range(6):
+        found = []
+        for each in (layers, twin):
+            each.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                made = each[1](each[0](rows(step))[0])[0]
+            made.square().sum().backward()
+            found.append([parameter.grad for parameter in each.parameters()])
+        assert all(map(torch.equal, *found)), step
+    assert turns(layers) == [4, 4]
 
 
 def test_what_has_nothing_to_train_is_recorded_when_it_has():
