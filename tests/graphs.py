@@ -68,9 +68,14 @@ def change_both(model, twin, seed):
             other.add_(noise)
 
 
+def graphs_of(model):
+    """What is seen, and recorded, of each layer."""
+    return [vars(each)["_moe_accel_graphs"] for each in model.modules() if "_moe_accel_graphs" in vars(each)]
+
+
 def turns(model):
     """How often what is recorded of each layer was played; None: it never will be."""
-    found = [vars(each)["_moe_accel_graphs"] for each in model.modules() if "_moe_accel_graphs" in vars(each)]
+    found = graphs_of(model)
     unplayed = [None if each.recorded > RECORDINGS else 0 for each in found]
     return [each.recording.num_played if each.recording else none for each, none in zip(found, unplayed, strict=True)]
 
@@ -82,8 +87,7 @@ def trains_as_without(pair: Pair, family, tolerance=EXACT, **how):
         given = batch(model, step, family=family)
         assert_same(trained(model, given), trained(twin, given), tolerance)
     assert turns(model) == [4] * len(turns(model)) != []
-    found = [vars(each)["_moe_accel_graphs"] for each in model.modules() if "_moe_accel_graphs" in vars(each)]
-    assert not any(each.recording.trial.is_due for each in found)
+    assert not any(each.recording.trial.is_due for each in graphs_of(model))
 
 
 def gradients_of_two_batches_add_up(pair: Pair):

@@ -83,7 +83,8 @@ class Graphs:
             self._refuse(module, self.recording.trial.problem)
         if self.recorder.has_failed or self.recorded > RECORDINGS:
             self._let_go()
-        if self.recorded > RECORDINGS or self.recorder.has_failed or is_replica:
+            return own(*args, **kwargs)
+        if is_replica:
             return own(*args, **kwargs)
         try:
             _check_surroundings()

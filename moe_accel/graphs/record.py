@@ -186,17 +186,17 @@ class _Token:
     """Alive as long as the backward of a forward may come."""
 
 
-class Made(NamedTuple):
-    """By a forward that was played.
+class Played(NamedTuple):
+    """A forward.
 
     Attributes:
+        turn: how many were before it, and it.
         outputs: the caller's own.
-        wants: whether each has a gradient.
         own: in a trial, the module's own outputs, with what autograd knows of them.
     """
 
+    turn: int
     outputs: list[Tensor]
-    wants: list[bool]
     own: list[Tensor] | None
 
 
@@ -213,6 +213,7 @@ class Recording:
         era: of the recorder, when it was recorded.
         trial: of what it plays.
         is_alone: whether its last forward was no trial.
+        wants: whether each output has a gradient.
     """
 
     def __init__(self, recorder: Recorder, watched: Watched, call: Callable, args: tuple, kwargs: dict, found: Given):
@@ -234,7 +235,8 @@ class Recording:
         self._packed = packed_in(args, dict(items))  # where their sequences begin is read from there
         # The same memory under other names: autograd ties what accumulates a gradient to the stream of its first use.
         self._aliases = {each: nn.Parameter(each.detach()) for each in self._trained}
-        self._sources = [each for each in (*self._inputs, *self._aliases.values()) if each.requires_grad]
+        self._leaves = [*self._inputs, *self._aliases.values()]
+        self._sources = [each for each in self._leaves if each.requires_grad]
         if not recorder.is_for(found.stream):
             raise Unusual("another stream")
         # Backward is recorded in a forward, and must not be under its autocast; forward sets its own.
@@ -246,7 +248,7 @@ class Recording:
             self._differentiate(outputs)
             self._forward, (made, outputs) = recorder.record(partial(self._compute, call))
             self._backward, self._found = recorder.record(partial(self._differentiate, outputs))
-            self._wants = [each.requires_grad for each in outputs]
+            self.wants = [each.requires_grad for each in outputs]
             # By the edge: in torch 2.11 a Function's `grad_fn`, its ctx, does not keep what leads to it.
             self._held = [get_gradient_edge(each) for each in outputs if each.requires_grad]
             self._outputs = [recorder.borrow(each.detach()) for each in outputs]
@@ -284,16 +286,13 @@ class Recording:
         outputs: Any = _Play.apply(self, call if self.trial.is_due else None, len(tensors), *tensors, *self._trained)
         return with_tensors(self._made, iter(outputs))
 
-    def forward(self, tensors: Sequence[Tensor], token: _Token, call: Callable | None) -> tuple[int, Made]:
+    def forward(self, tensors: Sequence[Tensor], token: _Token, call: Callable | None) -> Played:
         """Play it.
 
         Args:
             tensors: for the recorded ones.
             token: lives until backward is over, or cannot come.
             call: for a trial, what the module does itself; its outputs are what is used then.
-
-        Returns:
-            The turn that this is, and the outputs.
         """
         _copy([each.detach() for each in self._inputs], tensors)
         self._forward()
@@ -301,11 +300,11 @@ class Recording:
         self._turn, self._pending, self.is_alone = self.num_played, weakref.ref(token), call is None
         self._recorder.played_forward(self)
         if call is None:
-            return self.num_played, Made(_owned(self._outputs), self._wants, None)
+            return Played(self.num_played, _owned(self._outputs), None)
         _copy([each.data for each in self._inputs], tensors)  # it may have changed them, and keeps them as they were
         _, own = self._compute(call)
         self.trial.compare_outputs(self._outputs, own)
-        return self.num_played, Made(_owned(own), self._wants, own)
+        return Played(self.num_played, _owned(own), own)
 
     def backward(self, turn: int, gradients: Sequence[Tensor], own: list[Tensor] | None) -> list[Tensor | None]:
         """Gradients of inputs, then of parameters, which are the caller's own; None where there is none.
@@ -313,7 +312,7 @@ class Recording:
         Args:
             turn: of the forward.
             gradients: of the outputs.
-            own: of `Made`, which the forward returned.
+            own: as the forward returned it.
 
         Raises:
             RuntimeError: it was played for that turn before, or what it needs was replaced.
@@ -325,7 +324,7 @@ class Recording:
                 "hint: moe_config: {cuda_graphs: false}"
             )
         self._recorder.plays_backward(self)  # as earlier layers will
-        wanted = [one for one, wants in zip(gradients, self._wants, strict=True) if wants]
+        wanted = [one for one, wants in zip(gradients, self.wants, strict=True) if wants]
         _copy(self._gradients, wanted)
         if not self.trial.problem:
             self._backward()
@@ -337,16 +336,15 @@ class Recording:
                 self.trial.compare_gradients(self._found, found, self._gradients)
         of_sources = iter(found)
         # As it was recorded: what wants a gradient by now is for autograd to know.
-        recorded = *self._inputs, *self._aliases.values()
-        return [next(of_sources) if each.requires_grad else None for each in recorded]
+        return [next(of_sources) if each.requires_grad else None for each in self._leaves]
 
 
 class _Play(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: Recording, call: Callable | None, num_inputs: int, *tensors: Tensor) -> Any:
         ctx.recording, ctx.token = recording, _Token()
-        ctx.turn, (outputs, wants, ctx.own) = recording.forward(tensors[:num_inputs], ctx.token, call)
-        ctx.mark_non_differentiable(*(each for each, wanted in zip(outputs, wants, strict=True) if not wanted))
+        ctx.turn, outputs, ctx.own = recording.forward(tensors[:num_inputs], ctx.token, call)
+        ctx.mark_non_differentiable(*(each for each, wants in zip(outputs, recording.wants, strict=True) if not wants))
         return tuple(outputs)
 
     @staticmethod

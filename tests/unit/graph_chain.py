@@ -10,6 +10,8 @@ from torch import nn
 from moe_accel import graphs
 from tests.pretended_graphs import Pretended
 
+WRONG = "what was recorded is not what the module computes"
+
 
 class Attends(nn.Module):
     """As attention is called, small; what it gives is what its last operation keeps for backward."""
@@ -60,6 +62,18 @@ def gradients(layers, order, x):
         x = layers[at](x)[0]
     x.square().sum().backward()
     return [each.grad.clone() for each in layers.parameters()]
+
+
+def assert_trains_alike(one, other, order, x):
+    """Both have the same gradients, bit for bit."""
+    assert all(map(torch.equal, gradients(one, order, x), gradients(other, order, x)))
+
+
+def assert_same_gradients(one, other):
+    """After a backward of both: bit for bit, and where there are some."""
+    for mine, others in zip(one.parameters(), other.parameters(), strict=True):
+        assert (mine.grad is None) is (others.grad is None)
+        assert mine.grad is None or torch.equal(mine.grad, others.grad)
 
 
 def rows(seed, length=3):

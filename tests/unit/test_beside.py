@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from moe_accel import garbage
 from moe_accel.dispatch.halves import travel
 from moe_accel.experts import find_experts, settings_of
 from tests.families import available_families, build_tiny, tiny_inputs, tiny_loss
@@ -185,12 +186,9 @@ def test_a_deleted_model_is_gone_at_once(family):
     trained(family, model)
     gc.collect()
     alive = [weakref.ref(each) for each in shared_of(model)]
-    gc.disable()
-    try:
+    with garbage.left_alone():
         del model
         assert [each() for each in alive] == [None, None]
-    finally:
-        gc.enable()
 
 
 @both

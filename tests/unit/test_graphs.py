@@ -13,12 +13,21 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
-from moe_accel import graphs, lora
+from moe_accel import garbage, graphs, lora
 from tests import graphs as cases
 from tests.families import available_families, build_tiny
-from tests.graphs import batch, told, trained, turns
+from tests.graphs import batch, graphs_of, told, trained, turns
 from tests.pretended_graphs import Pretended
-from tests.unit.graph_chain import Attends, AttendsByFunctions, Seen, chain, gradients, rows
+from tests.unit.graph_chain import (
+    Attends,
+    AttendsByFunctions,
+    Seen,
+    assert_same_gradients,
+    assert_trains_alike,
+    chain,
+    gradients,
+    rows,
+)
 
 
 def models(family):
@@ -56,7 +65,7 @@ def test_a_change_is_seen(change):
 def test_layers_that_change_their_order_are_recorded_anew():
     layers, twin = chain(3)
     for step, order in enumerate([(0, 1, 2)] * 4 + [(0, 2, 1)] * 5):
-        assert all(map(torch.equal, gradients(layers, order, rows(step)), gradients(twin, order, rows(step)))), step
+        assert_trains_alike(layers, twin, order, rows(step))
     assert turns(layers) == [2, 2, 2]
 
 
@@ -124,11 +133,10 @@ def test_one_that_waits_for_others_for_ever_is_told_and_lets_them_play():
                     x = x.detach()
                 last = each[2](each[1](x)[0], mask=min(step, 6))[0]
                 last.square().sum().backward()
-            for one, other in zip(layers.parameters(), twin.parameters(), strict=True):
-                assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad), step
+            assert_same_gradients(layers, twin)
     why = "forwards without a backward, or of calls that are not alike"
     assert said == [f"Attends is computed without a CUDA graph so far, because of {why}"]
-    assert not vars(layers[1])["_moe_accel_graphs"].recording.trial.is_due
+    assert not graphs_of(layers[1])[0].recording.trial.is_due
     assert turns(layers)[2] == 0
 
 
@@ -165,7 +173,7 @@ def test_what_has_nothing_to_train_is_recorded_when_it_has():
             assert torch.equal(layers[0](rows(step).detach())[0], twin[0](rows(step))[0])
         layers.requires_grad_()
         for step in range(graphs.OTHER_CALLS + 6):
-            assert all(map(torch.equal, gradients(layers, (0,), rows(step)), gradients(twin, (0,), rows(step))))
+            assert_trains_alike(layers, twin, (0,), rows(step))
     assert not said
     assert turns(layers)[0] > 0
 
@@ -230,7 +238,7 @@ def test_what_cannot_be_recorded_is_computed_as_ever():
     layers, twin = chain(recorder=Fails())
     with told() as said:
         for step in range(5):
-            assert all(map(torch.equal, gradients(layers, (0, 1), rows(step)), gradients(twin, (0, 1), rows(step))))
+            assert_trains_alike(layers, twin, (0, 1), rows(step))
     why = "operation not permitted when stream is capturing"
     assert said == [f"Attends is computed without a CUDA graph: {why}"]
     assert not any(turns(layers))
@@ -284,7 +292,7 @@ def test_parameters_that_move_all_the_time_are_given_up():
         for step in range(16):
             for each in (layers, twin):
                 each[0].inner.weight.data = each[0].inner.weight.data.clone()
-            assert all(map(torch.equal, gradients(layers, (0, 1), rows(step)), gradients(twin, (0, 1), rows(step))))
+            assert_trains_alike(layers, twin, (0, 1), rows(step))
     why = "its calls overlap, or its parameters or attributes change, all the time"
     assert said == [f"Attends is computed without a CUDA graph: {why}"] * 2
 
@@ -295,14 +303,11 @@ def test_a_model_goes_when_nobody_has_it():
         gradients(layers, (0, 1), rows(step))
     assert turns(layers) == [2, 2]
     layers[1](layers[0](rows(4))[0])  # waits for its backward
-    held = layers[0], layers[0].inner.weight, vars(layers[0])["_moe_accel_graphs"].recorder
+    held = layers[0], layers[0].inner.weight, graphs_of(layers[0])[0].recorder
     gone = [weakref.ref(each) for each in held]
-    gc.disable()
-    try:
+    with garbage.left_alone():
         del layers, held
         assert [each() for each in gone] == [None] * 3
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
@@ -312,11 +317,11 @@ def test_a_copy_records_for_itself(copied):
         gradients(layers, (0, 1), rows(step))
     other = copied(layers)
     assert (turns(layers), turns(other)) == ([2, 2], [0, 0])
-    own, others = (vars(each[0])["_moe_accel_graphs"].recorder for each in (layers, other))
-    assert own is not others is vars(other[1])["_moe_accel_graphs"].recorder
+    own, others = (graphs_of(each[0])[0].recorder for each in (layers, other))
+    assert own is not others is graphs_of(other[1])[0].recorder
     assert list(other.state_dict()) == list(twin.state_dict())
     for step in range(4):
-        assert all(map(torch.equal, gradients(other, (0, 1), rows(step)), gradients(twin, (0, 1), rows(step))))
+        assert_trains_alike(other, twin, (0, 1), rows(step))
     assert (turns(layers), turns(other)) == ([2, 2], [2, 2])
 
 
@@ -350,7 +355,7 @@ def test_what_backward_reads_stays_where_a_function_in_python_comes_last():
     recorded = 2 * (graphs.CALLS + 1)  # after as many calls as ever, and one before it is recorded
     assert {recorded, recorded + 1} <= set(alive)
     # In torch 2.13 `grad_fn` of a function in Python keeps that, too; in 2.11 only the token of its edge does.
-    (edge,) = vars(layers[0])["_moe_accel_graphs"].recording._held
+    (edge,) = graphs_of(layers[0])[0].recording._held
     assert isinstance(edge, GradientEdge)
     assert edge.ownership_token is not None
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from moe_accel.graphs.trial import TOLERANCE, Round, Trial, near
-
-WRONG = "what was recorded is not what the module computes"
+from tests.unit.graph_chain import WRONG
 
 
 def passed(trial):

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from peft import get_peft_model
 
-from moe_accel import MoEConfig, block, expert_lora_config
+from moe_accel import MoEConfig, block, expert_lora_config, garbage
 from moe_accel.swap import become, own_class
 from tests.families import build_tiny, randomise, tiny_inputs
 from tests.unit.expert_adapters import TOLERANCE
@@ -108,12 +108,9 @@ def test_a_deleted_model_is_freed_without_the_garbage_collector():
     train_step(model)
     parameters = [weakref.ref(each) for each in model.parameters()]
     gc.collect()
-    gc.disable()
-    try:
+    with garbage.left_alone():
         del model
         assert [each() for each in parameters] == [None] * len(parameters)
-    finally:
-        gc.enable()
 
 
 def test_the_class_is_one_for_all_modules_and_looks_like_the_one_before():
