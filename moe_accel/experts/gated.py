@@ -21,6 +21,7 @@ more. Of a layer of Qwen3-30B-A3B that is a third of all its activations for a t
 Sizes: R rows, H hidden, K top-k, e local experts, P sorted pairs, I inner, r rank of an adapter.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.activations import ReLUSquaredActivation
 
+from moe_accel.experts import later
 from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gates import find_gate
 from moe_accel.experts.gathered import gathered_experts, gathers, suits
@@ -101,7 +103,7 @@ def gated_experts(
     """
     x_ = x.to(dtype or autocast_dtype(x.device) or x.dtype)
     plain = all(each is None for each in (up_factors, down_factors, *biases)) and gate == SWIGLU and gemm is TORCH
-    if plain and gathers(x_, up, down, len(weight_p)):
+    if plain and gathers(x_, up, down, len(weight_p) if routing.rows.stop is None else None):
         with without_autocast(x.device):
             return gathered_experts(x_, up, down, weight_p, routing, lean).to(x.dtype)
     pairs, joined = [], []
@@ -147,26 +149,27 @@ class _Inner(torch.autograd.Function):
         copies,
         starts,
         row_places,
+        stop,
         joined,
         gate,
         lean,
         gemm,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.joined, ctx.gate, ctx.gemm = joined, gate, gemm
+        ctx.joined, ctx.gate, ctx.gemm, ctx.later = joined, gate, gemm, later.collected()
         # `down` is not multiplied by here: its shape says what there is room for
         to_u, to_y = _projections(up.to(x.dtype), down, (up_a, up_b), (down_a, down_b), joined, gemm)
-        rows = gemm.gather(x, RowMap(sources, copies, starts, row_places), to_u.tail)
+        rows = gemm.gather(x, RowMap(sources, copies, starts, row_places, stop), to_u.tail)
         up_low = to_u.low(rows, ends)
         u, u_more = to_u.product(rows, up_low, ends)
         del rows
-        a = _activate(u, weight_p, u_more, gate, up_bias, experts, to_y.tail)
+        a = _activate(u, weight_p, u_more, gate, up_bias, experts, to_y.tail, stop)
         del u_more
         down_low = to_y.low(a, ends)
         up_a, up_b = (up_a, up_b) if joined[0] is None else (None, None)  # in backward as in `_projections`
         down_a, down_b = (down_a, down_b) if joined[1] is None else (None, None)
         factors = up_a, up_b, up_low, down_a, down_b, down_low
-        places = ends, experts, sources, copies, starts, row_places
+        places = ends, experts, sources, copies, starts, row_places, stop
         ctx.save_for_backward(x, up, down, weight_p, None if lean else u, *factors, up_bias, down_bias, *places)
         ctx.mark_non_differentiable(*(each for each in (a, down_low) if each is not None))
         return a, down_low, x.new_empty(1, 1).expand(len(x), down.shape[2])
@@ -176,7 +179,7 @@ class _Inner(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = gradients[2]
         if gradient is None:
-            return (None,) * 20
+            return (None,) * 21
         x, up, down, weight_p, u, up_a, up_b, up_low, down_a, down_b, down_low, *rest = ctx.saved_tensors
         up_bias, down_bias, ends, experts, *of_rows = rest
         places = RowMap(*of_rows)
@@ -189,7 +192,7 @@ class _Inner(torch.autograd.Function):
         factors: Any = to_u.a, to_u.b, to_y.a, to_y.b
         up_a, up_b, down_a, down_b = factors
         of_u, of_y = to_u.transposed(), to_y.transposed()
-        rows = None
+        rows: Any = None
         if u is None:
             rows = gemm.gather(x, places, to_u.tail)
             if to_u.tail:
@@ -200,11 +203,13 @@ class _Inner(torch.autograd.Function):
         down_low_grad = of_y.low(y_grad, ends)
         a_grad, a_grad_more = of_y.product(y_grad, down_low_grad, ends)
         of_a = a_grad, u, weight_p, a_grad_more, u_more
-        u_grad, weight_grad, a = _activate_backward(*of_a, ctx.gate, up_bias, experts, of_u.tail)
+        u_grad, weight_grad, a = _activate_backward(*of_a, ctx.gate, up_bias, experts, of_u.tail, places.stop)
         del of_a
         del a_grad, a_grad_more, u_more, u
         y_grad = y_grad[:, : down.shape[2]]
-        down_grad = _like(gemm, down, a, y_grad, ends).to(down.dtype) if needs_down else None
+        down_grad = up_grad = None
+        if needs_down:
+            down_grad = later.gradient(ctx.later, down, partial(_like_in_dtype, gemm, down), a, y_grad, ends)
         down_factors_grad = (
             _like(gemm, down_a, a, down_low_grad, ends) if needs_factors[2] else None,
             _like(gemm, down_b, down_low, y_grad, ends) if needs_factors[3] else None,
@@ -220,7 +225,8 @@ class _Inner(torch.autograd.Function):
         if rows is None and (needs_up or needs_factors[0]):
             rows = gemm.gather(x, places)
         rows = None if rows is None else rows[:, : up.shape[1]]
-        up_grad = _like(gemm, up, rows, u_grad, ends).to(up.dtype) if needs_up else None
+        if needs_up:
+            up_grad = later.gradient(ctx.later, up, partial(_like_in_dtype, gemm, up), rows, u_grad, ends)
         up_factors_grad = (
             _like(gemm, up_a, rows, up_low_grad, ends) if needs_factors[0] else None,
             _like(gemm, up_b, up_low, u_grad, ends) if needs_factors[1] else None,
@@ -228,7 +234,10 @@ class _Inner(torch.autograd.Function):
         del rows
         up_bias_grad = None
         if needs_up_bias:
-            up_bias_grad = sum_of_experts(u_grad, len(up_bias), experts).to(up_bias.dtype)
+            of_experts = (
+                sum_of_experts(u_grad, len(up_bias), experts) if places.stop is None else _sum(gemm, u_grad, ends)
+            )
+            up_bias_grad = of_experts.to(up_bias.dtype)
         down_bias_grad = None
         if needs_down_bias:
             weights = _weight_of_experts(weight_p, gradient, down_bias, experts, places.sources)
@@ -238,7 +247,7 @@ class _Inner(torch.autograd.Function):
             of_pairs = of_all.index_select(0, places.sources * len(down_bias) + experts)
             weight_grad = weight_grad + of_pairs.to(weight_grad.dtype)
         found = x_grad, up_grad, down_grad, weight_grad if needs_weight else None
-        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 10
+        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 11
 
 
 class _Outer(torch.autograd.Function):
@@ -261,12 +270,13 @@ class _Outer(torch.autograd.Function):
         copies,
         starts,
         row_places,
+        stop,
         joined,
         gemm,
     ) -> Tensor:
         whole = None if joined is None else joined[0].whole
         y, y_more = Projection(gemm, down.to(a.dtype), down_a, down_b, whole).product(a, down_low, ends)
-        y = gemm.sum_copies(y, RowMap(sources, copies, starts, row_places), y_more)
+        y = gemm.sum_copies(y, RowMap(sources, copies, starts, row_places, stop), y_more)
         if down_bias is None:
             return y
         return torch.addmm(y, _weight_of_experts(weight_p, carrier, down_bias, experts, sources), down_bias.to(y.dtype))
@@ -274,7 +284,7 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], *(None,) * 15
+        return gradients[0], *(None,) * 16
 
 
 def _projections(
@@ -293,12 +303,12 @@ def _projections(
 
 
 def _activate(
-    u: Tensor, weight_p: Tensor, u_more: Any, gate: Gate | None, bias: Any, experts: Tensor, tail: int
+    u: Tensor, weight_p: Tensor, u_more: Any, gate: Gate | None, bias: Any, experts: Tensor, tail: int, stop: Any
 ) -> Tensor:
     """[P,I+tail], the first I times the routing weights."""
     if gate is None:
-        return squared_relu(u, weight_p, u_more, tail)
-    return glu(u, weight_p, u_more, gate, None if bias is None else ExpertBias(bias, experts), tail)
+        return squared_relu(u, weight_p, u_more, tail, stop)
+    return glu(u, weight_p, u_more, gate, None if bias is None else ExpertBias(bias, experts), tail, stop)
 
 
 def _activate_backward(
@@ -311,12 +321,13 @@ def _activate_backward(
     bias: Any,
     experts: Tensor,
     tail: int,
+    stop: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of u, `tail` columns behind it, and of the routing weights, and what `_activate` gave."""
     if gate is None:
-        return squared_relu_backward(a_grad, u, weight_p, a_grad_more, u_more, tail)
+        return squared_relu_backward(a_grad, u, weight_p, a_grad_more, u_more, tail, stop)
     of_experts = None if bias is None else ExpertBias(bias, experts)
-    return glu_backward(a_grad, u, weight_p, a_grad_more, u_more, gate, of_experts, tail)
+    return glu_backward(a_grad, u, weight_p, a_grad_more, u_more, gate, of_experts, tail, stop)
 
 
 def _weight_of_experts(weight_p: Tensor, x: Tensor, bias: Tensor, experts: Tensor, sources: Tensor) -> Tensor:
@@ -331,6 +342,15 @@ def sum_of_experts(rows: Tensor, num_experts: int, experts: Tensor) -> Tensor:
     """Rows [P,C] summed by expert [P], one thin GEMM instead of a scatter: [e,C]."""
     of_expert = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)[:, None] == experts
     return of_expert.to(rows.dtype) @ rows
+
+
+def _sum(gemm: GroupedGemm, rows: Tensor, ends: Tensor) -> Tensor:
+    """The same where not all rows hold anything: [e,C]."""
+    return gemm.outer(rows.new_ones(len(rows), 8), rows.contiguous(), ends)[:, 0].contiguous()
+
+
+def _like_in_dtype(gemm: GroupedGemm, matrices: Tensor, rows: Any, others: Any, ends: Tensor) -> Tensor:
+    return _like(gemm, matrices, rows, others, ends).to(matrices.dtype)
 
 
 def _like(gemm: GroupedGemm, matrices: Tensor, rows: Any, others: Any, ends: Tensor) -> Tensor:

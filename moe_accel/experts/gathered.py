@@ -13,17 +13,21 @@ Sizes: R rows, H hidden, e local experts, P sorted pairs, I inner.
 """
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_accel.experts import later
 from moe_accel.experts.routing import LocalRouting
 from moe_accel.kernels.device import IS_TRITON_36, capability
 from moe_accel.kernels.gathering import Tiles, down_glu_backward, find_tiles, fits, up_glu
 from moe_accel.kernels.gluon import multiply
+from moe_accel.kernels.gluon_outer import BLOCK_K as OUTER_ROWS
 from moe_accel.kernels.gluon_outer import outer_of_gathered
+from moe_accel.kernels.more import clear_behind
 from moe_accel.kernels.rows import RowMap, sum_copies
 
 IS_ON = os.environ.get("MOE_ACCEL_GATHERING") != "0"
@@ -40,10 +44,17 @@ def suits(device: torch.device, hidden: int, inner: int) -> bool:
     return is_hopper and inner <= MOST_INNER and fits(hidden, inner)
 
 
-def gathers(x: Tensor, up: Tensor, down: Tensor, num_pairs: int) -> bool:
-    """Whether these are for the kernels here, and gain: x [R,H] as it is multiplied, up [e,H,2I], down [e,I,H]."""
+def gathers(x: Tensor, up: Tensor, down: Tensor, num_pairs: int | None) -> bool:
+    """Whether these are for the kernels here, and gain: x [R,H] as it is multiplied, up [e,H,2I], down [e,I,H].
+
+    num_pairs: P; None where nobody waits for the host.
+    """
     inner, hidden = down.shape[1:]
-    pays = num_pairs >= LEAST_PAIRS and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    pays = (
+        (num_pairs is None or num_pairs >= LEAST_PAIRS)
+        and x.dtype == torch.bfloat16
+        and not torch.compiler.is_compiling()
+    )
     if not pays or not suits(x.device, hidden, inner):
         return False
     is_stacked = up.transpose(1, 2).is_contiguous() and down.transpose(1, 2).is_contiguous()
@@ -69,7 +80,7 @@ def gathered_experts(
     """
     sources = routing.rows.sources.int()
     tiles = find_tiles(routing.ends, len(sources))
-    places = sources, routing.rows.copies, routing.rows.starts, *tiles
+    places = sources, routing.rows.copies, routing.rows.starts, routing.rows.stop, *tiles
     inner: Any = _Inner.apply
     a, carrier = inner(x.contiguous(), up, down, weight_p, *places, lean)
     outer: Any = _Outer.apply
@@ -80,11 +91,12 @@ class _Inner(torch.autograd.Function):
     """x to the second projection's input [P,I], and all of backward: see `gated._Inner`."""
 
     @staticmethod
-    def forward(ctx: Any, x, up, down, weight_p, sources, copies, starts, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x, up, down, weight_p, sources, copies, starts, stop, *rest: Any) -> tuple[Tensor, Tensor]:
         *tiles, lean = rest
         ctx.set_materialize_grads(False)
+        ctx.later = later.collected()
         u, a = up_glu(x, sources, up.to(x.dtype).transpose(1, 2), weight_p, Tiles(*tiles), keep=not lean)
-        ctx.save_for_backward(x, up, down, weight_p, u, sources, copies, starts, *tiles)
+        ctx.save_for_backward(x, up, down, weight_p, u, sources, copies, starts, stop, *tiles)
         ctx.mark_non_differentiable(a)
         return a, x.new_empty(1, 1).expand(len(x), down.shape[2])
 
@@ -92,34 +104,48 @@ class _Inner(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradients[1] is None:
-            return (None,) * 12
+            return (None,) * 13
         gradient = gradients[1].contiguous()
-        x, up, down, weight_p, u, sources, copies, starts, *rest = ctx.saved_tensors
+        x, up, down, weight_p, u, sources, copies, starts, stop, *rest = ctx.saved_tensors
         tiles = Tiles(*rest)
         needs_x, needs_up, needs_down, needs_weight = ctx.needs_input_grad[:4]
         up_, down_ = (each.to(x.dtype).transpose(1, 2) for each in (up, down))
         u: Any = up_glu(x, sources, up_, weight_p, tiles)[0] if u is None else u
         u_grad, weight_grad, a = down_glu_backward(gradient, sources, down_, u, weight_p, tiles)
         del u
+        if stop is not None:  # a tile's last rows may be behind, and are multiplied by zero
+            clear_behind(a, stop, OUTER_ROWS)
+            clear_behind(u_grad, stop, OUTER_ROWS)
         x_grad = up_grad = down_grad = None
         if needs_down:
-            down_grad = outer_of_gathered(gradient, a, sources, tiles, is_left=True).transpose(1, 2).to(down.dtype)
+            down_grad = later.gradient(ctx.later, down, partial(_of_down, down, *tiles), gradient, a, sources)
         del a
         if needs_x:
-            x_grad = sum_copies(multiply(u_grad, up_, tiles), RowMap(sources, copies, starts))
+            x_grad = sum_copies(multiply(u_grad, up_, tiles), RowMap(sources, copies, starts, stop=stop))
         if needs_up:
-            up_grad = outer_of_gathered(u_grad, x, sources, tiles, is_left=False).transpose(1, 2).to(up.dtype)
-        return x_grad, up_grad, down_grad, weight_grad if needs_weight else None, *(None,) * 8
+            up_grad = later.gradient(ctx.later, up, partial(_of_up, up, *tiles), u_grad, x, sources)
+        return x_grad, up_grad, down_grad, weight_grad if needs_weight else None, *(None,) * 9
+
+
+def _of_down(down: Tensor, *given: Tensor) -> Tensor:
+    *tiles, gradient, a, sources = given
+    return outer_of_gathered(gradient, a, sources, Tiles(*tiles), is_left=True).transpose(1, 2).to(down.dtype)
+
+
+def _of_up(up: Tensor, *given: Tensor) -> Tensor:
+    *tiles, u_grad, x, sources = given
+    return outer_of_gathered(u_grad, x, sources, Tiles(*tiles), is_left=False).transpose(1, 2).to(up.dtype)
 
 
 class _Outer(torch.autograd.Function):
     """The second projection and the sum over experts: see `gated._Outer`."""
 
     @staticmethod
-    def forward(ctx: Any, carrier, a, down, sources, copies, starts, *tiles: Tensor) -> Tensor:
-        return sum_copies(multiply(a, down.to(a.dtype), Tiles(*tiles)), RowMap(sources, copies, starts))
+    def forward(ctx: Any, carrier, a, down, sources, copies, starts, stop, *tiles: Tensor) -> Tensor:
+        y = multiply(a, down.to(a.dtype), Tiles(*tiles))
+        return sum_copies(y, RowMap(sources, copies, starts, stop=stop))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], *(None,) * 9
+        return gradients[0], *(None,) * 10

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_accel.kernels.device import launch, tl, triton, use_triton
-from moe_accel.kernels.more import load_with_more, more_or, with_more, with_tail
+from moe_accel.kernels.more import load_with_more, more_or, stop_or, with_more, with_tail
 
 COLUMNS = 1024  # of a tile
 
@@ -68,17 +68,18 @@ def glu(
     gate: Gate = SWIGLU,
     bias: ExpertBias | None = None,
     tail: int = 0,
+    stop: Tensor | None = None,
 ) -> Tensor:
     """The gate of u + u_more + bias, times weight: u [P,2I], weight [P], u_more [P,2I] -> [P,I+tail] in the dtype of u.
 
-    The last `tail` columns are room for more: not written.
+    The last `tail` columns are room for more: not written. `stop`: [1], see `rows.RowMap`.
     """
     if not use_triton(u):
         return with_tail(glu_torch(u, weight, u_more, gate, bias), tail)
     num_rows, inner = u.shape[0], u.shape[1] // 2
     out = u.new_empty(num_rows, inner + tail)
-    tensors = u.contiguous(), more_or(u_more, u), *_bias_or(bias, u), weight.contiguous(), out
-    constants = _constants(u_more, bias, gate) | {"tail": tail, "inner": inner}
+    tensors = u.contiguous(), more_or(u_more, u), *_bias_or(bias, u), weight.contiguous(), stop_or(stop, u), out
+    constants = _constants(u_more, stop, bias, gate) | {"tail": tail, "inner": inner}
     launch(_forward_kernel, (num_rows,), *tensors, **constants, COLUMNS=COLUMNS)
     return out
 
@@ -92,6 +93,7 @@ def glu_backward(
     gate: Gate = SWIGLU,
     bias: ExpertBias | None = None,
     tail: int = 0,
+    stop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `glu`, and its output again.
 
@@ -104,6 +106,7 @@ def glu_backward(
         gate: as in forward.
         bias: as in forward.
         tail: columns of room behind the gradient of u, not written.
+        stop: as in forward.
 
     Returns:
         gradient of u [P,2I+tail] in its dtype, gradient of weight [P] in its dtype, and the output of `glu` [P,I].
@@ -119,8 +122,8 @@ def glu_backward(
         torch.empty_like(gradient),
     )
     of_u = u, more_or(u_more, u), *_bias_or(bias, u), weight
-    tensors = gradient, more_or(gradient_more, gradient), *of_u, u_grad, weight_grad, out
-    constants = {"HAS_GRADIENT_MORE": gradient_more is not None} | _constants(u_more, bias, gate)
+    tensors = gradient, more_or(gradient_more, gradient), *of_u, stop_or(stop, u), u_grad, weight_grad, out
+    constants = {"HAS_GRADIENT_MORE": gradient_more is not None} | _constants(u_more, stop, bias, gate)
     launch(_backward_kernel, (num_rows,), *tensors, **constants, tail=tail, inner=inner, COLUMNS=COLUMNS)
     return u_grad, weight_grad, out
 
@@ -129,10 +132,13 @@ def _bias_or(bias: ExpertBias | None, instead: Tensor) -> tuple[Tensor, Tensor]:
     return (instead, instead) if bias is None else (bias.bias.contiguous(), bias.experts.contiguous())
 
 
-def _constants(u_more: Tensor | None, bias: ExpertBias | None, gate: Gate) -> dict[str, bool | float | None]:
+def _constants(
+    u_more: Tensor | None, stop: Tensor | None, bias: ExpertBias | None, gate: Gate
+) -> dict[str, bool | float | None]:
     slope, cubic, limit, shift, interleaved = gate
     of_gate = {"SLOPE": slope, "CUBIC": cubic, "LIMIT": limit, "SHIFT": shift, "INTERLEAVED": interleaved}
-    return {"HAS_MORE": u_more is not None, "HAS_BIAS": bias is not None, **of_gate}
+    has = {"HAS_MORE": u_more is not None, "HAS_STOP": stop is not None, "HAS_BIAS": bias is not None}
+    return has | of_gate
 
 
 def glu_torch(
@@ -245,8 +251,10 @@ def _forward_kernel(
     bias,
     experts,
     weight,
+    stop,
     out,
     HAS_MORE: tl.constexpr,
+    HAS_STOP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SLOPE: tl.constexpr,
     CUBIC: tl.constexpr,
@@ -258,6 +266,9 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if HAS_STOP:  # noqa: SIM102 of constants and then of values
+        if row >= tl.load(stop):
+            return
     of_expert = row
     if HAS_BIAS:
         of_expert = tl.load(experts + row).to(tl.int64) * 2 * inner
@@ -281,11 +292,13 @@ def _backward_kernel(
     bias,
     experts,
     weight,
+    stop,
     u_grad,
     weight_grad,
     out,
     HAS_GRADIENT_MORE: tl.constexpr,
     HAS_MORE: tl.constexpr,
+    HAS_STOP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SLOPE: tl.constexpr,
     CUBIC: tl.constexpr,
@@ -297,6 +310,9 @@ def _backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if HAS_STOP:  # noqa: SIM102 of constants and then of values
+        if row >= tl.load(stop):
+            return
     of_expert = row
     if HAS_BIAS:
         of_expert = tl.load(experts + row).to(tl.int64) * 2 * inner

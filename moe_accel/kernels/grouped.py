@@ -24,10 +24,11 @@ def grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     Args:
         rows: [P,A], sorted by group.
         matrices: [e,A,B], the dtype of `rows`; a transposed view is as good.
-        ends: [e] int32, where each group ends in `rows`; the last is P. A group may be empty.
+        ends: [e] int32, where each group ends in `rows`. A group may be empty. The last may be less than P: rows
+            behind it are not read.
 
     Returns:
-        [P,B], differentiable in rows and matrices.
+        [P,B], differentiable in rows and matrices; behind the last end nothing of worth.
     """
     if takes_torch_grouped_mm(rows, matrices):
         return functional.grouped_mm(rows, matrices, offs=ends)
@@ -47,8 +48,8 @@ def grouped_outer(rows: Tensor, others: Tensor, ends: Tensor) -> Tensor:
     """
     if takes_torch_grouped_mm(rows, others[None]) and rows.shape[0]:
         return functional.grouped_mm(rows.t(), others, offs=ends)
-    sizes = group_sizes(ends)
-    return torch.stack([a.t() @ b for a, b in zip(rows.split(sizes), others.split(sizes), strict=True)])
+    parts = zip(_groups(rows, ends), _groups(others, ends), strict=True)
+    return torch.stack([a.t() @ b for a, b in parts])
 
 
 class GroupedGemm(NamedTuple):
@@ -66,8 +67,16 @@ TORCH = GroupedGemm(grouped_mm, grouped_outer)
 
 def grouped_mm_by_group(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """`grouped_mm` as one product per group: the definition, and what runs without a GPU."""
-    products = [group @ matrix for group, matrix in zip(rows.split(group_sizes(ends)), matrices.unbind(), strict=True)]
-    return torch.cat(products)
+    products = [group @ matrix for group, matrix in zip(_groups(rows, ends), matrices.unbind(), strict=True)]
+    computed = sum(map(len, products))
+    behind = rows.new_full((len(rows) - computed, matrices.shape[2]), torch.nan)  # to be seen, if anybody reads it
+    return torch.cat([*products, behind]) if len(behind) else torch.cat(products)
+
+
+def _groups(rows: Tensor, ends: Tensor) -> list[Tensor]:
+    """[n,C] of each group; waits for the device."""
+    sizes = group_sizes(ends)
+    return list(rows[: sum(sizes)].split(sizes))
 
 
 def group_sizes(ends: Tensor) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_accel.kernels.device import launch, tl, triton, use_triton
-from moe_accel.kernels.more import with_tail
+from moe_accel.kernels.more import stop_or, with_tail
 
 
 class RowMap(NamedTuple):
@@ -25,12 +25,15 @@ class RowMap(NamedTuple):
         copies: [P] the copies, ordered by source row.
         starts: [N] where each source row's copies begin in `copies`.
         places: the same once more for who else moves rows (`te_rows.py`); None where nobody asked for it.
+        stop: [1] integer, how many copies there are, where there is room for more: what is [P] holds nothing of worth
+            behind them, and neither do rows that are gathered. None: P.
     """
 
     sources: Tensor
     copies: Tensor
     starts: Tensor
     places: Tensor | None = None
+    stop: Tensor | None = None
 
 
 def gather_rows(x: Tensor, rows: RowMap) -> Tensor:
@@ -75,8 +78,9 @@ def gather(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
 def sum_copies(values: Tensor, rows: RowMap, more: Tensor | None = None) -> Tensor:
     """values [P,H] -> [N,H], as `sum_torch`. Not differentiable: see `sum_rows`."""
     if use_triton(values):
-        return sum_triton(_with_whole_rows(values), rows.copies, rows.starts, more)
-    return sum_torch(values.contiguous(), rows.copies, rows.starts, more)
+        return sum_triton(_with_whole_rows(values), rows.copies, rows.starts, more, rows.stop)
+    copies = rows.copies if rows.stop is None else rows.copies[: int(rows.stop)]
+    return sum_torch(values.contiguous(), copies, rows.starts, more)
 
 
 def _with_whole_rows(values: Tensor) -> Tensor:
@@ -101,13 +105,15 @@ def sum_torch(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | Non
 COLUMNS, COPIES = 1024, 8  # of a tile; 8 copies of 16,384 rows of 2048, one H100: see tests/gpu/results
 
 
-def sum_triton(values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | None = None) -> Tensor:
+def sum_triton(
+    values: Tensor, copies: Tensor, starts: Tensor, more: Tensor | None = None, stop: Tensor | None = None
+) -> Tensor:
     """`sum_torch` as a kernel: each program sums the copies of one row, in their order, in fp32."""
     (num_pairs, width), num_rows = values.shape, starts.numel()
     out = values.new_empty(num_rows, width)
     grid = num_rows, -(-width // COLUMNS)
-    tensors = values, values if more is None else more.contiguous(), copies, starts, out
-    constants = {"HAS_MORE": more is not None, "COPIES": COPIES, "COLUMNS": COLUMNS}
+    tensors = values, values if more is None else more.contiguous(), copies, starts, stop_or(stop, starts), out
+    constants = {"HAS_MORE": more is not None, "HAS_STOP": stop is not None, "COPIES": COPIES, "COLUMNS": COLUMNS}
     launch(_sum_kernel, grid, *tensors, num_rows, num_pairs, width, values.stride(0), **constants)
     return out
 
@@ -119,8 +125,8 @@ def gather_triton(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
     """
     (num_rows, width), num_pairs = values.shape, len(rows.sources)
     out = values.new_empty(num_pairs, width + tail)
-    constants = {"COPIES": COPIES, "COLUMNS": COLUMNS}
-    tensors = values, rows.copies, rows.starts, out
+    constants = {"HAS_STOP": rows.stop is not None, "COPIES": COPIES, "COLUMNS": COLUMNS}
+    tensors = values, rows.copies, rows.starts, stop_or(rows.stop, rows.starts), out
     launch(
         _gather_kernel,
         (num_rows, -(-width // COLUMNS)),
@@ -135,17 +141,29 @@ def gather_triton(values: Tensor, rows: RowMap, tail: int = 0) -> Tensor:
     return out
 
 
+@triton.jit
+def _span(starts, stop, row, num_rows, num_pairs, HAS_STOP: tl.constexpr):
+    """Where a row's copies begin and end."""
+    if HAS_STOP:
+        num_pairs = tl.load(stop)
+    start = tl.load(starts + row)
+    end = tl.load(starts + row + 1, mask=row + 1 < num_rows, other=num_pairs)
+    return start, end
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_pairs"])
 def _gather_kernel(
     values,
     copies,
     starts,
+    stop,
     out,
     num_rows,
     num_pairs,
     width,
     step,
     out_width,
+    HAS_STOP: tl.constexpr,
     COPIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -153,8 +171,7 @@ def _gather_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
     value = tl.load(values + row * step + columns, mask=inside)
-    start = tl.load(starts + row)
-    end = tl.load(starts + row + 1, mask=row + 1 < num_rows, other=num_pairs)
+    start, end = _span(starts, stop, row, num_rows, num_pairs, HAS_STOP)  # pyright: ignore[reportGeneralTypeIssues]
     while start < end:
         at = start + tl.arange(0, COPIES)
         copy = tl.load(copies + at, mask=at < end, other=0)
@@ -170,20 +187,21 @@ def _sum_kernel(
     more,
     copies,
     starts,
+    stop,
     out,
     num_rows,
     num_pairs,
     width,
     step,
     HAS_MORE: tl.constexpr,
+    HAS_STOP: tl.constexpr,
     COPIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
-    start = tl.load(starts + row)
-    end = tl.load(starts + row + 1, mask=row + 1 < num_rows, other=num_pairs)
+    start, end = _span(starts, stop, row, num_rows, num_pairs, HAS_STOP)  # pyright: ignore[reportGeneralTypeIssues]
     total = tl.zeros((COLUMNS,), tl.float32)
     while start < end:
         at = start + tl.arange(0, COPIES)

@@ -39,7 +39,7 @@ class SortedPairs(NamedTuple):
     starts: Tensor
 
 
-def sort_pairs(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> SortedPairs:
+def sort_pairs(choices: Tensor, num_experts: int, num_pairs: int | None = None, fills: bool = False) -> SortedPairs:
     """Sort the pairs by expert, without any copy from the device to the host.
 
     Args:
@@ -47,12 +47,13 @@ def sort_pairs(choices: Tensor, num_experts: int, num_pairs: int | None = None) 
         num_experts: e.
         num_pairs: how many choices are not -1; None where all are. If it is more, what is [P] holds nothing of worth
             behind those that there are.
+        fills: let `pairs` be R*K there, and `experts` and `sources` 0.
     """
     form = sort_triton if can_sort(choices, num_experts) else sort_torch
-    return form(choices, num_experts, num_pairs)
+    return form(choices, num_experts, num_pairs, fills)
 
 
-def sort_torch(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> SortedPairs:
+def sort_torch(choices: Tensor, num_experts: int, num_pairs: int | None = None, fills: bool = False) -> SortedPairs:
     """The definition of `sort_pairs`."""
     num_rows, top_k = choices.shape
     flat = choices.reshape(-1)
@@ -74,7 +75,12 @@ def sort_torch(choices: Tensor, num_experts: int, num_pairs: int | None = None) 
         starts = per_row.cumsum(0) - per_row
     all_experts = torch.arange(num_experts, device=keys.device, dtype=keys.dtype)
     ends = torch.searchsorted(keys, all_experts, right=True, out_int32=True)
-    return SortedPairs(pairs, keys, ends, pairs // max(top_k, 1), place, starts)
+    sources = pairs // max(top_k, 1)
+    if fills:
+        behind = keys >= num_experts
+        pairs, sources = pairs.masked_fill(behind, flat.numel()), sources.masked_fill(behind, 0)
+        keys = keys.masked_fill(behind, 0)
+    return SortedPairs(pairs, keys, ends, sources, place, starts)
 
 
 def can_sort(choices: Tensor, num_experts: int) -> bool:
@@ -83,7 +89,7 @@ def can_sort(choices: Tensor, num_experts: int) -> bool:
     return HAS_TRITON and fits and choices.dtype in (torch.int32, torch.int64) and (choices.is_cuda or INTERPRETED)
 
 
-def sort_triton(choices: Tensor, num_experts: int, num_pairs: int | None = None) -> SortedPairs:
+def sort_triton(choices: Tensor, num_experts: int, num_pairs: int | None = None, fills: bool = False) -> SortedPairs:
     """`sort_torch` as kernels, of what `can_sort` takes."""
     num_rows, top_k = choices.shape
     num_choices, drops = choices.numel(), num_pairs is not None
@@ -95,6 +101,10 @@ def sort_triton(choices: Tensor, num_experts: int, num_pairs: int | None = None)
     totals = flat.new_empty(padded, dtype=torch.int32)
     pairs, sources, copies = (flat.new_empty(num_kept, dtype=torch.int64) for _ in range(3))
     experts = flat.new_empty(num_kept, dtype=torch.int16)
+    if fills:
+        pairs.fill_(num_choices)
+        for each in (sources, experts):
+            each.zero_()
     ends = flat.new_empty(num_experts, dtype=torch.int32)
     starts = flat.new_empty(num_rows, dtype=torch.int64)
     sizes = num_choices, num_experts

@@ -11,22 +11,30 @@ import torch
 from torch import Tensor
 
 from moe_accel.kernels.device import launch, tl, triton, use_triton
-from moe_accel.kernels.more import load_with_more, more_or, with_more, with_tail
+from moe_accel.kernels.more import load_with_more, more_or, stop_or, with_more, with_tail
 
 COLUMNS = 1024  # of a tile
 
 
-def squared_relu(u: Tensor, weight: Tensor, u_more: Tensor | None = None, tail: int = 0) -> Tensor:
+def squared_relu(
+    u: Tensor, weight: Tensor, u_more: Tensor | None = None, tail: int = 0, stop: Tensor | None = None
+) -> Tensor:
     """`relu(u + u_more)^2 * weight`: u [P,I], weight [P], u_more [P,I] -> [P,I+tail] in the dtype of u.
 
-    The last `tail` columns are room for more: not written.
+    The last `tail` columns are room for more: not written. `stop`: [1], see `rows.RowMap`.
     """
     if not use_triton(u):
         return with_tail(squared_relu_torch(u, weight, u_more), tail)
     num_rows, inner = u.shape
     out = u.new_empty(num_rows, inner + tail)
-    tensors = u.contiguous(), more_or(u_more, u), weight.contiguous(), out
-    constants = {"HAS_MORE": u_more is not None, "tail": tail, "inner": inner, "COLUMNS": COLUMNS}
+    tensors = u.contiguous(), more_or(u_more, u), weight.contiguous(), stop_or(stop, u), out
+    constants = {
+        "HAS_MORE": u_more is not None,
+        "HAS_STOP": stop is not None,
+        "tail": tail,
+        "inner": inner,
+        "COLUMNS": COLUMNS,
+    }
     launch(_forward_kernel, (num_rows,), *tensors, **constants)
     return out
 
@@ -38,6 +46,7 @@ def squared_relu_backward(
     gradient_more: Tensor | None = None,
     u_more: Tensor | None = None,
     tail: int = 0,
+    stop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `squared_relu`, and its output again.
 
@@ -48,6 +57,7 @@ def squared_relu_backward(
         gradient_more: [P,I], what is added to the gradient.
         u_more: [P,I], as in forward.
         tail: columns of room behind the gradient of u, not written.
+        stop: as in forward.
 
     Returns:
         gradient of u [P,I+tail] in its dtype, that of weight [P] in its dtype, and `squared_relu(u, weight, u_more)`.
@@ -58,8 +68,10 @@ def squared_relu_backward(
     num_rows, inner = gradient.shape
     gradient, u, weight = gradient.contiguous(), u.contiguous(), weight.contiguous()
     u_grad, weight_grad, out = u.new_empty(num_rows, inner + tail), torch.empty_like(weight), torch.empty_like(gradient)
-    tensors = gradient, more_or(gradient_more, gradient), u, more_or(u_more, u), weight, u_grad, weight_grad, out
+    of_u = u, more_or(u_more, u), weight, stop_or(stop, u)
+    tensors = gradient, more_or(gradient_more, gradient), *of_u, u_grad, weight_grad, out
     has = {"HAS_GRADIENT_MORE": gradient_more is not None, "HAS_MORE": u_more is not None}
+    has |= {"HAS_STOP": stop is not None}
     launch(_backward_kernel, (num_rows,), *tensors, **has, tail=tail, inner=inner, COLUMNS=COLUMNS)
     return u_grad, weight_grad, out
 
@@ -87,13 +99,18 @@ def _forward_kernel(
     u,
     u_more,
     weight,
+    stop,
     out,
     HAS_MORE: tl.constexpr,
+    HAS_STOP: tl.constexpr,
     tail: tl.constexpr,
     inner: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if HAS_STOP:  # noqa: SIM102 of constants and then of values
+        if row >= tl.load(stop):
+            return
     scale = tl.load(weight + row).to(tl.float32)
     for first in range(0, inner, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
@@ -112,16 +129,21 @@ def _backward_kernel(
     u,
     u_more,
     weight,
+    stop,
     u_grad,
     weight_grad,
     out,
     HAS_GRADIENT_MORE: tl.constexpr,
     HAS_MORE: tl.constexpr,
+    HAS_STOP: tl.constexpr,
     tail: tl.constexpr,
     inner: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if HAS_STOP:  # noqa: SIM102 of constants and then of values
+        if row >= tl.load(stop):
+            return
     scale = tl.load(weight + row).to(tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, inner, COLUMNS):

@@ -22,15 +22,18 @@ from moe_accel.kernels import (
     sort,
     squared_relu,
 )
+from moe_accel.kernels import more as kernels_more
 from tests.unit.router_rules import RULES
 
 BIAS = glu.ExpertBias(torch.linspace(-1, 1, 16, dtype=torch.float64).view(2, 8), torch.tensor([1, 0, 1]))
-COMPILED_GATES = {
-    "": (None, None, glu.SWIGLU, 768),
-    " of two": (torch.empty(0), None, glu.SWIGLU, 768),
-    " of gpt-oss": (None, BIAS, glu.Gate(1.702, limit=7.0, shift=1.0, interleaved=True), 2880),
-    " of gpt-oss, of two": (torch.empty(0), BIAS, glu.Gate(1.702, limit=7.0, shift=1.0, interleaved=True), 2880),
-    " of gelu": (None, None, glu.GELU_TANH, 704),
+SOME = torch.empty(0)
+COMPILED_GATES = {  # what is added, where rows end, bias, gate, I
+    "": (None, None, None, glu.SWIGLU, 768),
+    " of two": (SOME, None, None, glu.SWIGLU, 768),
+    " with room": (None, SOME, None, glu.SWIGLU, 768),
+    " of gpt-oss": (None, None, BIAS, glu.Gate(1.702, limit=7.0, shift=1.0, interleaved=True), 2880),
+    " of gpt-oss, of two, with room": (SOME, SOME, BIAS, glu.Gate(1.702, limit=7.0, shift=1.0, interleaved=True), 2880),
+    " of gelu": (None, None, None, glu.GELU_TANH, 704),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROUTERS = [
@@ -46,16 +49,20 @@ COMPILED = {
     **{
         f"sum{name}": (
             rows._sum_kernel,
-            ["*bf16", "*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32"],
-            {"HAS_MORE": more, "COPIES": 8, "COLUMNS": 1024},
+            ["*bf16", "*bf16", "*i64", "*i64", "*i32", "*bf16", "i32", "i32", "i32", "i32"],
+            {"HAS_MORE": more, "HAS_STOP": stop, "COPIES": 8, "COLUMNS": 1024},
         )
-        for name, more in (("", False), (" of two", True))
+        for name, more, stop in (("", False, False), (" of two", True, False), (" with room", True, True))
     },
-    "gather": (
-        rows._gather_kernel,
-        ["*bf16", "*i64", "*i64", "*bf16", "i32", "i32", "i32", "i32", "i32"],
-        {"COPIES": 8, "COLUMNS": 1024},
-    ),
+    **{
+        f"gather{name}": (
+            rows._gather_kernel,
+            ["*bf16", "*i64", "*i64", "*i32", "*bf16", "i32", "i32", "i32", "i32", "i32"],
+            {"HAS_STOP": stop, "COPIES": 8, "COLUMNS": 1024},
+        )
+        for name, stop in (("", False), (" with room", True))
+    },
+    "clearing": (kernels_more._clear_kernel, ["*bf16", "*i32", "i32"], {"width": 1536, "COLUMNS": 1024}),
     **{
         f"{name} of {padded} experts": (kernel, types, {"EXPERTS": padded} | constants)
         for padded in (128, 2048)
@@ -167,38 +174,38 @@ COMPILED = {
     **{
         f"glu{name}": (
             glu._forward_kernel,
-            ["*bf16", "*bf16", "*bf16", "*i16", "*fp32", "*bf16"],
-            {**glu._constants(more, bias, gate), "tail": 16, "inner": inner, "COLUMNS": glu.COLUMNS},
+            ["*bf16", "*bf16", "*bf16", "*i16", "*fp32", "*i32", "*bf16"],
+            {**glu._constants(of_two, stop, bias, gate), "tail": 16, "inner": inner, "COLUMNS": glu.COLUMNS},
         )
-        for name, (more, bias, gate, inner) in COMPILED_GATES.items()
+        for name, (of_two, stop, bias, gate, inner) in COMPILED_GATES.items()
     },
     **{
         f"glu backward{name}": (
             glu._backward_kernel,
-            ["*bf16", "*bf16", "*bf16", "*bf16", "*bf16", "*i16", "*fp32", "*bf16", "*fp32", "*bf16"],
+            ["*bf16", "*bf16", "*bf16", "*bf16", "*bf16", "*i16", "*fp32", "*i32", "*bf16", "*fp32", "*bf16"],
             {
-                "HAS_GRADIENT_MORE": more is not None,
-                **glu._constants(more, bias, gate),
+                "HAS_GRADIENT_MORE": of_two is not None,
+                **glu._constants(of_two, stop, bias, gate),
                 "tail": 0,
                 "inner": inner,
                 "COLUMNS": glu.COLUMNS,
             },
         )
-        for name, (more, bias, gate, inner) in COMPILED_GATES.items()
+        for name, (of_two, stop, bias, gate, inner) in COMPILED_GATES.items()
     },
     **{
         f"squared relu{name}": (
             squared_relu._forward_kernel,
-            ["*bf16", "*bf16", "*fp32", "*bf16"],
-            {"HAS_MORE": more, "tail": 0, "inner": 1856, "COLUMNS": 1024},
+            ["*bf16", "*bf16", "*fp32", "*i32", "*bf16"],
+            {"HAS_MORE": more, "HAS_STOP": more, "tail": 0, "inner": 1856, "COLUMNS": 1024},
         )
         for name, more in (("", False), (" of two", True))
     },
     **{
         f"squared relu backward{name}": (
             squared_relu._backward_kernel,
-            ["*bf16", "*bf16", "*bf16", "*bf16", "*fp32", "*bf16", "*fp32", "*bf16"],
-            {"HAS_GRADIENT_MORE": more, "HAS_MORE": more, "tail": 16, "inner": 1856, "COLUMNS": 1024},
+            ["*bf16", "*bf16", "*bf16", "*bf16", "*fp32", "*i32", "*bf16", "*fp32", "*bf16"],
+            {"HAS_GRADIENT_MORE": more, "HAS_MORE": more, "HAS_STOP": more, "tail": 16, "inner": 1856, "COLUMNS": 1024},
         )
         for name, more in (("", False), (" of two", True))
     },

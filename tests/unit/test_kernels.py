@@ -26,7 +26,7 @@ SHARED_BYTES = 227 * 1024  # of a block on sm_90
 needs_triton = pytest.mark.skipif(not device.HAS_TRITON, reason="needs triton")
 
 
-INTERPRETED_FILES = ("kernels", "loss", "router", "sinks", "gathering")
+INTERPRETED_FILES = ("kernels", "loss", "router", "sinks", "gathering", "room")
 
 
 @needs_triton

@@ -1,0 +1,56 @@
+"""Gradients of large weights that are no part of a recorded backward: they are computed behind it, into memory of their
+own, where a recording would hand out copies.
+
+A backward under `collecting` does not compute them but says what they are made of; whoever plays it computes them while
+that is there.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Product(NamedTuple):
+    """A gradient that is to be computed.
+
+    Attributes:
+        matrices: what it is the gradient of, in the memory of a parameter.
+        compute: of the operands, in the strides of `matrices`.
+        operands: what backward made.
+    """
+
+    matrices: Tensor
+    compute: Callable[..., Tensor]
+    operands: tuple[Tensor, ...]
+
+
+Products = list[Product]
+_collected: ContextVar[Products | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collecting(products: Products | None) -> Iterator[None]:
+    """A block whose backward, whenever it runs, puts such products into the list; None: computes them."""
+    before = _collected.set(products)
+    try:
+        yield
+    finally:
+        _collected.reset(before)
+
+
+def collected() -> Products | None:
+    """The list of this block, for a forward to keep for its backward, which may run in another thread."""
+    return _collected.get()
+
+
+def gradient(
+    products: Products | None, matrices: Tensor, compute: Callable[..., Tensor], *operands: Tensor
+) -> Tensor | None:
+    """The gradient now, or None where it is to be computed later."""
+    if products is None:
+        return compute(*operands)
+    products.append(Product(matrices, compute, operands))
+    return None
