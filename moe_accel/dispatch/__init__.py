@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from moe_accel.dispatch.allgather import AllGather, AllGatherHandle
 from moe_accel.dispatch.alltoall import AllToAll, AllToAllHandle
 from moe_accel.dispatch.deepep import DeepEP, DeepEPHandle
 
@@ -20,11 +21,11 @@ class Handle(Protocol):
 
     Attributes:
         choices: [R,K] int32, local expert of each choice of a received row, -1 where another rank has it.
-        num_pairs: how many of `choices` are not -1, known on the host.
+        num_pairs: how many of `choices` are not -1, known on the host; None where it is not.
     """
 
     choices: Tensor
-    num_pairs: int
+    num_pairs: int | None
 
 
 class Dispatcher(Protocol):
@@ -75,4 +76,13 @@ class Dispatcher(Protocol):
         ...
 
 
-__all__ = ["AllToAll", "AllToAllHandle", "DeepEP", "DeepEPHandle", "Dispatcher", "Handle"]
+__all__ = [
+    "AllGather",
+    "AllGatherHandle",
+    "AllToAll",
+    "AllToAllHandle",
+    "DeepEP",
+    "DeepEPHandle",
+    "Dispatcher",
+    "Handle",
+]

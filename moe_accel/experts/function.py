@@ -6,6 +6,9 @@ Sizes: N tokens of this rank, R rows received, H hidden, K top-k, E experts, e e
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,14 +23,16 @@ from moe_accel.experts.beside import Beside
 from moe_accel.experts.fused import fused_experts
 from moe_accel.experts.gated import why_not_gated
 from moe_accel.experts.joined import Joined, join
+from moe_accel.experts.later import Products, collecting
 from moe_accel.experts.reference import reference_experts
 from moe_accel.experts.replay import Record, Records
-from moe_accel.experts.routing import LocalRouting, sort_by_expert
+from moe_accel.experts.routing import LocalRouting, counts_of, sort_by_expert, sort_with_room
 from moe_accel.experts.weights import projections
 from moe_accel.kernels import te, te_rows
 from moe_accel.kernels.grouped import TORCH
 
 NAME = "moe_accel"
+_sizes_are_known: ContextVar[bool] = ContextVar("sizes_are_known", default=False)
 
 
 @dataclass
@@ -47,6 +52,8 @@ class Settings:
         beside: the shared expert of the same block, where it is computed while tokens travel.
         joined: weights of this module that have room for their adapters, by name.
         apart: rank of the adapters of those that had, before a state dict was made of them.
+        of_known_sizes: the transport of `known_sizes`; None where experts are not computed so.
+        ends: [e] int32, where the pairs of each expert ended that were sorted last under `known_sizes`.
         load: [e] int64 on the device, tokens computed by each of this rank's experts so far; None while there are none.
         records: routing of the forwards that may be recomputed.
     """
@@ -62,13 +69,15 @@ class Settings:
     beside: Beside | None = None
     joined: dict[str, Joined] = field(default_factory=dict)
     apart: dict[str, int] = field(default_factory=dict)
+    of_known_sizes: Dispatcher | None = None
+    ends: Tensor | None = None
     load: Tensor | None = None
     records: Records = field(default_factory=Records)
 
     def __deepcopy__(self, memo: dict) -> "Settings":
         """A copied module shares the transport (process groups cannot be copied) and starts without history."""
         copied = Settings(*self._plain)
-        copied.beside = copy.deepcopy(self.beside, memo)
+        copied.beside, copied.of_known_sizes = copy.deepcopy(self.beside, memo), self.of_known_sizes
         return copied
 
     def __reduce__(self) -> tuple:
@@ -144,6 +153,28 @@ def settings_of(module: nn.Module) -> Settings:
     return getattr(module, "_moe_accel", _DEFAULT)
 
 
+@contextmanager
+def known_sizes(products: Products | None = None) -> Iterator[None]:
+    """A block in which expert parallelism is computed in tensors whose sizes do not depend on what routers choose, so
+    that it can be recorded: tokens go to all ranks, and there is room for the most rows that experts can get.
+
+    For what has `Settings.of_known_sizes`, and the same number of tokens on all ranks. No load is counted: see
+    `count_again`. `products`: where backward puts gradients of weights that it leaves to its caller, see `later.py`.
+    """
+    before = _sizes_are_known.set(True)
+    try:
+        with collecting(products):
+            yield
+    finally:
+        _sizes_are_known.reset(before)
+
+
+def count_again(settings: Settings) -> None:
+    """Add to the load what was computed last under `known_sizes`, by whatever computed it."""
+    if settings.counting and settings.ends is not None:
+        _add_load(settings, counts_of(settings.ends))
+
+
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Weighted sum of each token's experts, wherever they are.
 
@@ -170,6 +201,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 @torch.compiler.disable  # row counts are data: a compiled graph would be made anew for every batch
 def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
     """`combine(experts(dispatch(x)))`, with the gradient scale of `scale.py` in the first and the last."""
+    if _sizes_are_known.get() and settings.of_known_sizes is not None:
+        return _with_known_sizes(module, settings, x, choices, weights)
     dispatcher: Any = settings.dispatcher
     num_local_experts = module.num_experts // settings.ep_size
     of_output, x = x.dtype, x if settings.dtype is None else x.to(settings.dtype)
@@ -191,8 +224,26 @@ def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor
     return dispatcher.combine(y_r, handle, 1 / scale, new).to(of_output)
 
 
+def _with_known_sizes(module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+    """The same without a wait for the device, and lean: what there is room for is not kept for backward."""
+    dispatcher: Any = settings.of_known_sizes
+    of_output, x = x.dtype, x if settings.dtype is None else x.to(settings.dtype)
+    beside, scale = settings.beside and settings.beside.work(), float(settings.ep_size)
+    x_r, choices_r, weights_r, handle = dispatcher.dispatch(x, choices, weights, None, beside, scale)
+    routing = sort_with_room(choices_r, module.num_experts // settings.ep_size)
+    settings.ends = routing.ends
+    y_r = _compute(module, settings, x_r, choices_r, weights_r, routing, lean=True)
+    return dispatcher.combine(y_r, handle, 1 / scale).to(of_output)
+
+
 def _compute(
-    module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor, routing: LocalRouting | None
+    module: Any,
+    settings: Settings,
+    x: Tensor,
+    choices: Tensor,
+    weights: Tensor,
+    routing: LocalRouting | None,
+    lean: bool = False,
 ) -> Tensor:
     norm_scale = float(settings.ep_size)
     if settings.apart and torch.is_grad_enabled():
@@ -205,7 +256,7 @@ def _compute(
     up, down = (factors(module, name, *ep, joined, settings.dtype) for name in projections(module))
     if settings.kernels == "reference" or routing is None:
         return reference_experts(module, x, choices, weights, norm_scale, (up, down))
-    how: Any = (module, x, routing, weights, norm_scale, (up, down), settings.lean)
+    how: Any = (module, x, routing, weights, norm_scale, (up, down), lean or settings.lean)
     if settings.kernels == "te":
         with_te: Any = _with_te
         return with_te(settings, choices.shape[1], *how)
@@ -224,5 +275,8 @@ def _with_te(settings: Settings, top_k: int, module: Any, x: Tensor, routing: Lo
 
 def _count(settings: Settings, routing: LocalRouting | None) -> None:
     if settings.counting and routing is not None and not in_backward():  # recompute counts no token twice
-        counts = routing.counts()
-        settings.load = counts if settings.load is None else settings.load + counts
+        _add_load(settings, routing.counts())
+
+
+def _add_load(settings: Settings, counts: Tensor) -> None:
+    settings.load = counts if settings.load is None else settings.load + counts
