@@ -41,8 +41,8 @@ class MoEOptions:
         async_save: write periodic checkpoints while training goes on, from a copy in host memory.
         padding_free: compute no padding in training where that changes no number (`auto`), or `off`.
         te_parts: what TransformerEngine computes under `kernels: te`, some of `TE_PARTS`; the rest is as `fused`.
-        cuda_graphs: record attention as CUDA graphs, for training with sequences of one length where the host is what
-            takes the time.
+        cuda_graphs: record attention, and in expert parallelism blocks with experts, as CUDA graphs, for training with
+            sequences of one length where the host is what takes the time; or `attention` alone.
     """
 
     ep_size: int = 1
@@ -54,7 +54,7 @@ class MoEOptions:
     async_save: bool = False
     padding_free: str = "auto"
     te_parts: Sequence[str] = ("experts",)
-    cuda_graphs: bool = False
+    cuda_graphs: bool | str = False
 
     def __post_init__(self) -> None:
         if isinstance(self.te_parts, list):  # of yaml and JSON
@@ -86,9 +86,11 @@ class MoEOptions:
                 continue
             if value not in allowed:
                 found.append(f"{name}={value!r} must be one of {', '.join(allowed)}{_did_you_mean(value, allowed)}")
-        for name in ("async_save", "cuda_graphs"):
-            if not isinstance(getattr(self, name), bool):
-                found.append(f"{name}={getattr(self, name)!r} must be true or false")
+        for name, words in (("async_save", ()), ("cuda_graphs", ("attention",))):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and value not in words:
+                either = ", ".join(["true", "false", *words][:-1]) + f" or {['true', 'false', *words][-1]}"
+                found.append(f"{name}={value!r} must be {either}{_did_you_mean(value, words)}")
         return found + list(self._problems_of_parts())
 
     def _problems_of_parts(self) -> Iterator[str]:

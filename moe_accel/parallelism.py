@@ -36,8 +36,8 @@ class MoEConfig(ParallelismConfig):
         padding_free: compute no padding in training where that changes no number (`auto`), or `off`.
         te_parts: what TransformerEngine computes under `kernels: te`: some of `experts`, `permutation`, `router`,
             `norms`, `attention`, `fp8`; the rest is as `fused`.
-        cuda_graphs: record attention as CUDA graphs, for training with sequences of one length where the host is what
-            takes the time.
+        cuda_graphs: record attention, and in expert parallelism blocks with experts, as CUDA graphs, for training with
+            sequences of one length where the host is what takes the time; or `attention` alone.
 
     Raises:
         ConfigError: a value is wrong; all wrong values are listed. Or, when the Accelerator is made, they do not fit
@@ -52,7 +52,7 @@ class MoEConfig(ParallelismConfig):
     async_save: bool = False
     padding_free: str = "auto"
     te_parts: Sequence[str] = ("experts",)
-    cuda_graphs: bool = False
+    cuda_graphs: bool | str = False
 
     sparse_mesh = None  # the experts' mesh, once an Accelerator has the config; not a field
 

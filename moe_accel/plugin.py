@@ -206,7 +206,13 @@ def swap_experts(accelerator: Accelerator, model: nn.Module) -> Report:
             *te_said,
             *engine.install(_unwrapped(model), parts),
             *(
-                graphs.install(_unwrapped(model), accelerator.device, computed.compiled, computed.by_fsdp2)
+                graphs.install(
+                    _unwrapped(model),
+                    accelerator.device,
+                    computed.compiled,
+                    computed.by_fsdp2,
+                    why_no_block_graphs(accelerator, dispatcher, of_experts, used),
+                )
                 if config.cuda_graphs
                 else ()
             ),
@@ -297,6 +303,18 @@ def choose_rest(
         "loss": loss.install(model, accelerator.mixed_precision),
         "padding": padding.install(model, config.padding_free, _is_compiled_by(accelerator)),
     }
+
+
+def why_no_block_graphs(
+    accelerator: Accelerator, dispatcher: Choice, kernels: str, used: list[tuple[str, Any]]
+) -> str | None:
+    """Why blocks with experts cannot be recorded; empty where nobody asked; None where they can. A collective call."""
+    config: Any = accelerator.parallelism_config
+    if config.ep_size == 1 or config.cuda_graphs == "attention":
+        return ""
+    if config.sparse_mesh.size() > config.ep_size:
+        return "FSDP2 gathers experts, of which other groups of ranks have parts"
+    return graphs.why_no_blocks(config.sparse_mesh.get_group("ep"), dispatcher.value, kernels, used)
 
 
 def traffic(found: list[tuple[str, Any]]) -> choose.Traffic:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 
 from moe_accel import graphs
-from moe_accel.graphs.record import Recorder
+from moe_accel.graphs.recorder import Recorder
 
 
 class Pretended(Recorder):
@@ -33,17 +33,22 @@ class Pretended(Recorder):
     def borrow(self, tensor):
         return tensor
 
+    def made_by(self, recording, made, is_forward):
+        if is_forward:
+            return made[1]
+        return [*made, *(each for product in recording._left for each in product.operands)]
+
     def record(self, work):
         recording, made = work.func.__self__, work()
         autocast = functools.partial(  # a graph computes in the dtypes in which it was recorded
             torch.autocast, "cpu", torch.get_autocast_dtype("cpu"), enabled=torch.is_autocast_enabled("cpu")
         )
         recorded = weakref.ref(recording)
-        is_forward = work.func.__name__ == "_compute"
+        is_forward = work.func.__name__ == "_compute_recorded"
         if is_forward:
             (call,) = work.args
             self.calls[recording] = weakref.ref(call.__self__), call.__func__
-        ours = [each.detach() for each in (made[1] if is_forward else made) if each is not None]
+        ours = [each.detach() for each in self.made_by(recording, made, is_forward) if each is not None]
         self.made.setdefault(recording, []).extend(ours)
         if is_forward:
             self.kept[recording] = made[1]
@@ -52,15 +57,16 @@ class Pretended(Recorder):
             recording = recorded()
             for other, tensors in self.made.items():
                 for each in tensors:
-                    each.fill_(torch.nan)
+                    each.fill_(torch.nan if each.is_floating_point() else 0)
                 if other.number > recording.number:
                     self.kept.pop(other, None)
             with autocast():
                 if is_forward:
                     owner, function = self.calls[recording]
-                    found = self.kept[recording] = recording._compute(functools.partial(function, owner()))[1]
+                    found = self.kept[recording] = recording._compute_recorded(functools.partial(function, owner()))[1]
                 else:
-                    found = recording._differentiate(self.kept[recording])
+                    found = recording._differentiate_recorded(self.kept[recording])
+                    found = self.made_by(recording, found, is_forward)
             for one, each in zip(ours, [each for each in found if each is not None], strict=True):
                 one.copy_(each)
 

@@ -1,9 +1,9 @@
-"""Attention as CUDA graphs: two launches a layer and direction instead of some twenty, where the host takes the time.
+"""Attention, and blocks with experts, as CUDA graphs: one launch each where the host takes the time for some hundred.
 
 With sequences of one length an attention module gets the same shapes in every step. So it is computed as ever twice,
 and recorded in the third step, forward and backward, each as a graph of everything that is started for it. Its calls
-of the same kind copy their inputs to where the graph reads them, and start it. All else of a layer is as before:
-experts get other numbers of rows every time.
+of the same kind copy their inputs to where the graph reads them, and start it. Experts get other numbers of rows every
+time: in expert parallelism whole blocks are recorded in tensors that do not depend on it, see `blocks.py`.
 
 A graph knows addresses and nothing else. What a call depends on besides its tensors is looked at every time: that
 parameters are those that were recorded, where they were, and wanted gradients or not, that nobody changed an attribute
@@ -11,218 +11,68 @@ parameters are those that were recorded, where they were, and wanted gradients o
 mask, packed sequences of other lengths, dropout, a cache, checkpointing, evaluation, a second forward before the first
 one's backward. In the step in which it is recorded, and in the next one unless it was the last, it is played beside the
 module's own computation, which is used, and by itself from then on if both gave the same: all layers in one step, so
-that what one's graphs do to the memory of another is seen. A trial holds twice what attention keeps for backward.
+that what one's graphs do to the memory of another is seen. A trial holds twice what is kept for backward.
 
-FSDP2 frees gathered parameters and gathers them anew: `keep_in_place` leaves those of attention their memory.
+FSDP2 frees gathered parameters and gathers them anew: `keep_in_place` leaves those of recorded modules their memory.
 """
 
 import inspect
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.modules.module import _has_any_global_hook
 
-from moe_accel.backward import in_backward
-from moe_accel.graphs.calls import Given, Unusual, Watched, given
-from moe_accel.graphs.record import Recorder, Recording
+from moe_accel import experts
+from moe_accel.dispatch import AllGather
+from moe_accel.graphs.agreement import MOST_TOKENS, Agreement
+from moe_accel.graphs.blocks import BlockGraphs, let_nccl_record, why_no_blocks
+from moe_accel.graphs.module import CALLS, LONG, OPEN, OTHER_CALLS, PASSED_BY, RECORDINGS, Graphed, Graphs
+from moe_accel.graphs.record import Recording
+from moe_accel.graphs.recorder import Recorder
 from moe_accel.report import short
 from moe_accel.swap import become
 
-CALLS = 2
-"""Calls of a kind, one after the other, that are computed as ever before it is recorded."""
-OTHER_CALLS = 50
-"""Calls of another kind, one after the other, for which what is recorded is recorded anew."""
-OPEN = 50
-"""Trials, one after the other, that say nothing, before somebody is told."""
-PASSED_BY = 10
-"""Calls that cannot be recorded, one after the other, before somebody is told."""
-RECORDINGS = 3
-"""Of one module, at most: where parameters move every time, graphs are not worth it."""
 
-
-class Graphs:
-    """Of one module: what was seen of its calls, and what is recorded.
-
-    Attributes:
-        recorder: of the model.
-        owner: reference to the module.
-        recording: what is recorded, of the kind of call that came three times in a row.
-        kind: of the last call.
-        calls: so many of this kind came one after the other, without a recording of it.
-        passed_by: so many came one after the other that cannot be recorded.
-        recorded: how often it was; more than `RECORDINGS` if it is given up.
-        put_off: so often it was not, one after the other, because others were played without a trial.
-        gathered: FSDP2's objects for its parameters, which leave them their memory.
-    """
-
-    def __init__(self, recorder: Recorder):
-        self.recorder = recorder
-        self.owner: Any = None
-        self.recording: Recording | None = None
-        self.kind: Any = None
-        self.calls = self.passed_by = self.recorded = self.put_off = 0
-        self.gathered: list[Any] = []
-
-    def __deepcopy__(self, memo: dict) -> "Graphs":
-        copied = memo[id(self)] = Graphs(memo.get(id(self.recorder)) or self.recorder.__deepcopy__(memo))
-        return copied
-
-    def __reduce__(self) -> tuple:
-        return Graphs, (self.recorder,)
-
-    def call(self, module: nn.Module, own: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output, played if that is as good."""
-        self.owner = self.owner or weakref.ref(module)
-        is_replica = self.owner() is not module  # of DataParallel, with the attributes of its model
-        if self.recording is not None and self.recording.trial.problem and self.recorded <= RECORDINGS:
-            self._refuse(module, self.recording.trial.problem)
-        if self.recorder.has_failed or self.recorded > RECORDINGS:
-            self._let_go()
-            return own(*args, **kwargs)
-        if is_replica:
-            return own(*args, **kwargs)
-        try:
-            _check_surroundings()
-            found = given(self.recorder.device_type, args, kwargs)
-        except Unusual as unusual:
-            self._pass_by(module, str(unusual))
-            return own(*args, **kwargs)
-        counts = self.recorder.sees(self)
-        if self.recording is not None and self.recording.era != self.recorder.era:
-            self._drop()
-        if counts and (self.recording is None or self.recording.kind != found.kind):
-            self._count(module, own, args, kwargs, found)
-        recording = self.recording
-        if recording is None or recording.kind != found.kind or recording.is_pending:
-            return own(*args, **kwargs)
-        if not (recording.watched.is_same(module) and self.recorder.may_play(recording)):
-            self.recorder.renew(recording)
-            self._drop()
-            return own(*args, **kwargs)
-        self.calls = self.passed_by = 0
-        if recording.trial.num_open > OPEN:
-            self._tell(module, "recorded, and not used so far: its gradients were zero, infinite or not asked for")
-        return recording.play(found.tensors, own)
-
-    def _drop(self) -> None:
-        self.recording, self.calls = None, 0
-
-    def _count(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
-        """Of calls for which nothing is recorded: record, where they are alike."""
-        self.calls, self.kind = self.calls + 1 if found.kind == self.kind else 1, found.kind
-        if self.recording is not None:
-            if self.calls > OTHER_CALLS:
-                self.recorder.renew(self.recording)
-        elif self.calls > CALLS:
-            self._record(module, own, args, kwargs, found)
-        elif self.calls == 1:
-            self._pass_by(module, "calls of which no three are alike")
-
-    def _pass_by(self, module: nn.Module, reason: str) -> None:
-        """Say once of a model why nothing is recorded, where it goes on like this."""
-        self.passed_by += 1
-        if self.passed_by > PASSED_BY and self.recording is None:
-            self._tell(module, f"computed without a CUDA graph so far, because of {reason}")
-
-    def _tell(self, module: nn.Module, what: str) -> None:
-        """Say once of a model what is not as it should be."""
-        if not self.recorder.has_told:
-            self.recorder.has_told = True
-            warnings.warn(f"{type(module).__name__} is {what}", stacklevel=2)
-
-    def _record(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
-        watched = Watched(module)
-        if not (watched.trained() or any(each.requires_grad for each in found.tensors)):
-            self.calls = -OTHER_CALLS  # nothing to train yet
-            return
-        if not self.recorder.may_record:
-            self._put_off(module)
-            return
-        self.recorded, self.put_off = self.recorded + 1, 0
-        problem = watched.problem()
-        if self.recorded > RECORDINGS:
-            problem = "its calls overlap, or its parameters or attributes change, all the time"
-        if not problem:
-            try:
-                self.recording = Recording(self.recorder, watched, own, args, kwargs, found)
-            except (RuntimeError, Unusual) as error:
-                problem = str(error).strip().partition("\n")[0]
-        if problem:
-            self._refuse(module, problem)
-
-    def _put_off(self, module: nn.Module) -> None:
-        """Let all others be tried in the next forward, so that it may be recorded then; but not for ever."""
-        self.put_off += 1
-        if self.put_off <= PASSED_BY:
-            self.recorder.round.number += 1
-        else:
-            self._tell(
-                module,
-                "computed without a CUDA graph so far, because of forwards without a backward, or of "
-                "calls that are not alike",
-            )
-
-    def _refuse(self, module: nn.Module, problem: str) -> None:
-        """Compute it as ever from now on, and say why."""
-        self.recorded = RECORDINGS + 1
-        self._let_go()
-        warnings.warn(f"{type(module).__name__} is computed without a CUDA graph: {problem}", stacklevel=2)
-
-    def _let_go(self) -> None:
-        """Of what is not used any more, and of gathered weights; not before a backward that reads them."""
-        if self.recording is not None and self.recording.is_pending:
-            return
-        self.recording = None
-        for parameter in self.gathered:
-            vars(parameter).pop("free_unsharded_param", None)
-        self.gathered.clear()
-
-
-def _check_surroundings() -> None:
-    """Raise Unusual where somebody looks at all modules, or drops, moves or makes anew what is saved for backward."""
-    internals: Any = torch._C
-    hooks = internals._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None or in_backward():
-        raise Unusual("checkpointing, or other hooks on what is saved for backward")
-    if _has_any_global_hook():
-        raise Unusual("global hooks of modules")
-
-
-class Graphed(nn.Module):
-    """What an attention module does instead."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Played, where it is training as usual; else its own."""
-        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
-            return super().forward(*args, **kwargs)
-        return self._moe_accel_graphs.call(self, super().forward, args, kwargs)
-
-
-def install(model: nn.Module, device: torch.device, compiled: bool, gathers: bool) -> list[str]:
-    """Let the attention of one model be recorded; lines for the report.
+def install(
+    model: nn.Module,
+    device: torch.device,
+    compiled: bool,
+    gathers: bool,
+    why_not: str | None = "",
+) -> list[str]:
+    """Let the attention of one model be recorded, and blocks with experts; lines for the report.
 
     Args:
         model: of transformers.
         device: where it is trained.
         compiled: whether torch.compile is to compile it.
         gathers: whether FSDP2 gathers its parameters.
+        why_not: reason why their blocks are not to be recorded; empty: nobody asked for it; None: they are.
     """
     if device.type != "cuda":
         return ["no CUDA graphs: no GPU"]
     if compiled:
         return ["no CUDA graphs: torch.compile is to compile the model"]
-    found = record_attention(model, Recorder())
-    if not found:
-        return ["no CUDA graphs: no attention of transformers that is causal"]
-    leave_cache_out(model)
-    weights = sum(each.numel() for module in found for each in module.parameters())
-    stays = f"; FSDP2 leaves its {short(weights)} weights gathered" if gathers else ""
-    return [f"attention of {len(found)} layers as CUDA graphs, from the fifth of equal steps on{stays}"]
+    recorder = Recorder()
+    attention = record_attention(model, recorder)
+    blocks = record_blocks(model, recorder) if why_not is None else []
+    said = ["no CUDA graphs of attention: none of transformers that is causal"]
+    if attention:
+        leave_cache_out(model)
+        of_experts = {each for _, module in experts.find_experts(model) for each in module.parameters()}
+        kept = {each for module in (*attention, *blocks) for each in module.parameters()} - of_experts
+        stays = f"; FSDP2 leaves {short(sum(each.numel() for each in kept))} weights gathered" if gathers else ""
+        said = [f"attention of {len(attention)} layers as CUDA graphs, from the fifth of equal steps on{stays}"]
+    if blocks:
+        tokens = f"for as many tokens on all ranks, {MOST_TOKENS:,} at most"
+        said.append(f"blocks with experts of {len(blocks)} layers likewise, {tokens}")
+    elif why_not is None or why_not:
+        said.append(
+            f"no CUDA graphs of blocks with experts: {why_not or 'attention is in them, or a forward of their own'}"
+        )
+    return said
 
 
 def leave_cache_out(model: nn.Module) -> None:
@@ -251,6 +101,24 @@ def record_attention(model: nn.Module, recorder: Recorder) -> list[Any]:
     return found
 
 
+def record_blocks(model: nn.Module, recorder: Recorder) -> list[Any]:
+    """Let the blocks be recorded in which experts of expert parallelism are, unless attention is in them, too."""
+    let_nccl_record()
+    agreement, blocks = Agreement(recorder), []
+    for name, module in experts.find_experts(model):
+        block, parent = experts.block_of(model, name)
+        path = name[len(parent) + 1 if parent else 0 :]
+        settings = experts.settings_of(module)
+        dispatcher: Any = settings.dispatcher
+        if "forward" in vars(block) or any(isinstance(each, Graphed) for each in block.modules()):
+            continue
+        settings.of_known_sizes = AllGather(dispatcher.group, dispatcher.num_local_experts)
+        vars(block).setdefault("_moe_accel_graphs", BlockGraphs(agreement, path))
+        become(block, Graphed)
+        blocks.append(block)
+    return blocks
+
+
 def keep_in_place(model: nn.Module) -> None:
     """Let FSDP2 leave gathered parameters of recorded modules their memory, from one step to the next."""
     graphs = {
@@ -277,3 +145,24 @@ def _gathered(module: FSDPModule) -> Iterator[Any]:
 
 def _keep() -> None:
     """Instead of freeing."""
+
+
+__all__ = [
+    "CALLS",
+    "LONG",
+    "MOST_TOKENS",
+    "OPEN",
+    "OTHER_CALLS",
+    "PASSED_BY",
+    "RECORDINGS",
+    "Graphed",
+    "Graphs",
+    "Recorder",
+    "Recording",
+    "install",
+    "keep_in_place",
+    "leave_cache_out",
+    "record_attention",
+    "record_blocks",
+    "why_no_blocks",
+]

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe_accel.padding.attention import Packed
-from moe_accel.swap import is_bare
+from moe_accel.swap import HOOKS, is_bare
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -99,11 +100,12 @@ class Watched:
     def __init__(self, module: nn.Module):
         parts = list(module.modules())
         self._inside = parts[1:]
+        self._hooks = list(map(_hooks, self._inside))
         self._kinds = [type(part) for part in parts]
         self._parts = [(part._modules, dict(part._modules)) for part in parts]
         held: list[dict[str, Any]] = [tensors for part in parts for tensors in (part._parameters, part._buffers)]
         slots = [(tensors, name, each) for tensors in held for name, each in tensors.items() if each is not None]
-        self._tensors = [(tensors, name, each, each.data_ptr(), each.requires_grad) for tensors, name, each in slots]
+        self._tensors = [(tensors, name, each, _address(each), each.requires_grad) for tensors, name, each in slots]
         self._implementation = _implementation(module)
         self._values: list[_Place] = []
         self._dicts: list[_Place] = []
@@ -112,12 +114,13 @@ class Watched:
             self._values += _plain(own, vars(part))
             self._dicts += [(own, key, value) for key, value in vars(part).items() if type(value) is dict]
 
-    def problem(self) -> str | None:
-        """Why this must not be recorded; None: it may be."""
-        if not all(map(is_bare, self._inside)):
-            return "hooks, or another forward, inside of attention"
+    def problem(self, maybe_sharded: bool = False) -> str | None:
+        """Why this must not be recorded; None: it may be. `maybe_sharded`: see `is_same`."""
+        if None in self._hooks:
+            return "hooks, or another forward, inside of it"
         for _, _, each, _, _ in self._tensors:
-            if type(each) not in (Tensor, nn.Parameter):
+            is_spread = _is_of_ep(each) or (maybe_sharded and isinstance(each, DTensor))
+            if type(each) not in (Tensor, nn.Parameter) and not is_spread:
                 return f"a parameter of type {type(each).__name__}"
         for held, key, value in self._values:
             of_module = key == "p" and held is not None and "inplace" in held  # nn.Dropout
@@ -142,21 +145,54 @@ class Watched:
             for held, name, one in places:
                 held[name] = one
 
-    def is_same(self, module: nn.Module) -> bool:
-        """Whether nothing of it changed."""
+    def is_same(self, module: nn.Module, maybe_sharded: bool = False) -> bool:
+        """Whether nothing of it changed.
+
+        Args:
+            module: whose it is.
+            maybe_sharded: whether FSDP2 may have freed its parameters, until the module is called.
+        """
         own = vars(module)
         return (
             [type(module), *map(type, self._inside)] == self._kinds
-            and all(map(is_bare, self._inside))
+            and list(map(_hooks, self._inside)) == self._hooks
             and all(held == parts for held, parts in self._parts)
             and all(
-                held.get(name) is one and one.data_ptr() == at and one.requires_grad is wants
-                for held, name, one, at, wants in self._tensors
+                _is_there(held.get(name), one, at, wants, maybe_sharded) for held, name, one, at, wants in self._tensors
             )
             and all((own if held is None else held).get(key) is value for held, key, value in self._dicts)
             and all((own if held is None else held).get(key, self) == value for held, key, value in self._values)
             and _implementation(module) == self._implementation
         )
+
+
+def _hooks(part: nn.Module) -> list[Any] | None:
+    """Hooks of this package, which do what they do while it is recorded; None where there are others, or a forward."""
+    if is_bare(part):
+        return []
+    hooks = [hook for held in HOOKS for hook in vars(part)[held].values()]
+    return hooks if "forward" not in vars(part) and all(map(_is_ours, hooks)) else None
+
+
+def _is_ours(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
+
+
+def _is_of_ep(tensor: Tensor) -> bool:
+    """Whether it is spread over the ranks of `ep`, and this rank's part stays where it is."""
+    return isinstance(tensor, DTensor) and "ep" in (tensor.device_mesh.mesh_dim_names or ())
+
+
+def _is_there(found: Tensor | None, one: Tensor, at: int, wants: bool, maybe_sharded: bool) -> bool:
+    """Whether a tensor is the one that was, where it was, and wants a gradient if it did."""
+    if maybe_sharded and isinstance(found, DTensor) and not _is_of_ep(found):
+        return found.requires_grad is wants
+    return found is one and _address(one) == at and one.requires_grad is wants
+
+
+def _address(tensor: Tensor) -> int:
+    """Where in memory it is, or this rank's part of it."""
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).data_ptr()
 
 
 _Place = tuple[dict[str, Any] | None, str, Any]

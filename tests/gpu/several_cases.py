@@ -11,7 +11,8 @@ Arms, each of which is what a user would run:
     alltoall     moe-accel, ep_size N
     gathered     the same with `fsdp_reshard_after_forward: false`: all but the experts stay gathered until backward
     unwrapped    the same with `fsdp_auto_wrap_policy: NO_WRAP`: all but the experts, embeddings and head in one group
-    graphs       unwrapped, with `cuda_graphs: true`; `elastic_graphs` the same with DeepEP's ElasticBuffer
+    graphs       unwrapped, with `cuda_graphs: true`; `attention_graphs` with `attention` alone; `elastic_graphs` with
+                 DeepEP's ElasticBuffer
     compiled     unwrapped, with accelerate's regional compilation of layers by Inductor
     kept         alltoall with gradient checkpointing and `kept_layers: auto`: what one does where stock recomputes
     buffer       moe-accel, ep_size N, dispatcher deepep with `deep_ep.Buffer`; `elastic` with `ElasticBuffer`;
@@ -38,6 +39,7 @@ ARMS = (
     "alltoall",
     "gathered",
     "unwrapped",
+    "attention_graphs",
     "graphs",
     "compiled",
     "kept",
@@ -53,7 +55,7 @@ ARMS = (
 
 DEEPEP = {"buffer": "buffer", **dict.fromkeys(("elastic", "elastic_unwrapped", "elastic_graphs"), "elastic")}
 """Arms with DeepEP, and by which of its classes."""
-GRAPHS = ("graphs", "elastic_graphs")
+GRAPHS = {"graphs": True, "attention_graphs": "attention", "elastic_graphs": True}
 UNWRAPPED = ("unwrapped", "compiled", "elastic_unwrapped", *GRAPHS)
 RECOMPUTED = ("stock_recompute", "kept")
 """Arms with gradient checkpointing."""
@@ -124,7 +126,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
     add("parity", small, "one", "alltoall")
     add("full", one, "stock", "alltoall", "ep1")
     add("full", most, "alltoall", "stock_recompute", "kept")
-    add("full", one, "gathered", "unwrapped", "graphs", "compiled")
+    add("full", one, "gathered", "unwrapped", "attention_graphs", "graphs", "compiled")
     add("full", four, "stock", "alltoall", "ep1")
     add("full", one, "native_ep")
     add("full", four, "native_ep")
@@ -133,7 +135,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
         add("full", one, arm)
         add("full", four, arm)
     add("full", one, "elastic_unwrapped", "elastic_graphs")
-    add("lora", one, "stock", "alltoall", "ep1", "unwrapped", "graphs")
+    add("lora", one, "stock", "alltoall", "ep1", "unwrapped", "attention_graphs", "graphs")
     add("lora", four, "stock", "alltoall", "ep1")
     add("full", most, "alltoall", "unwrapped", "ep1", "stock", "native_ep")
     add("full", one, "stock_newer")

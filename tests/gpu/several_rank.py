@@ -200,7 +200,7 @@ def accelerator_of(job: Job) -> Any:
         dispatcher = "deepep" if job.arm in DEEPEP else "alltoall"
         kept = "auto" if job.arm == "kept" else 0
         sizes = {"ep_size": 1 if job.arm == "ep1" else job.gpus, "kept_layers": kept}
-        config = MoEConfig(dispatcher=dispatcher, cuda_graphs=job.arm in GRAPHS, **sizes)
+        config = MoEConfig(dispatcher=dispatcher, cuda_graphs=GRAPHS.get(job.arm, False), **sizes)
         accelerator = Accelerator(mixed_precision=precision, parallelism_config=config)
     if job.gpus > 1 and not (accelerator.is_fsdp2 and accelerator.num_processes == job.gpus):
         raise RuntimeError(f"not FSDP2 on {job.gpus} ranks: {accelerator.distributed_type}")

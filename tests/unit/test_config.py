@@ -55,6 +55,12 @@ def test_every_mistake_is_reported_at_once_with_what_was_probably_meant():
             {"dispatcher": "deep_ep"},
             "dispatcher='deep_ep' must be one of auto, alltoall, deepep (did you mean 'deepep'?)",
         ),
+        ({"async_save": "yes"}, "async_save='yes' must be true or false"),
+        ({"cuda_graphs": 1}, "cuda_graphs=1 must be true, false or attention"),
+        (
+            {"cuda_graphs": "atention"},
+            "cuda_graphs='atention' must be true, false or attention (did you mean 'attention'?)",
+        ),
         ({"dispatcher": None}, "dispatcher=None must be one of auto, alltoall, deepep"),
         ({2: 3}, "moe_config: unknown key 2"),
         (8, "moe_config must be a section of key: value lines, not int 8"),

@@ -178,7 +178,7 @@ def test_what_has_nothing_to_train_is_recorded_when_it_has():
     assert turns(layers)[0] > 0
 
 
-HOOKED = "hooks, or another forward, inside of attention"
+HOOKED = "hooks, or another forward, inside of it"
 
 
 @pytest.mark.parametrize(

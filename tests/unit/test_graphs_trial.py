@@ -28,7 +28,7 @@ from tests.unit.graph_chain import (
 class Wrong(Pretended):
     """Plays something else."""
 
-    wrong = ("_compute", "_differentiate")
+    wrong = ("_compute_recorded", "_differentiate_recorded")
 
     def record(self, work):
         play, made = super().record(work)
@@ -42,11 +42,11 @@ class Wrong(Pretended):
 
 
 class WrongForward(Wrong):
-    wrong = ("_compute",)
+    wrong = ("_compute_recorded",)
 
 
 class WrongBackward(Wrong):
-    wrong = ("_differentiate",)
+    wrong = ("_differentiate_recorded",)
 
 
 @pytest.mark.parametrize("recorder", [Wrong, WrongForward, WrongBackward])
@@ -80,7 +80,7 @@ class Leaves(Pretended):
             for each in ours[-2:] if number in self.spoiled else ():
                 each.mul_(1.1)
 
-        return (forward if work.func.__name__ == "_compute" else backward), made
+        return (forward if work.func.__name__ == "_compute_recorded" else backward), made
 
 
 def test_what_layers_do_to_the_memory_of_each_other_is_seen():
@@ -140,7 +140,7 @@ class LeavesForward(Pretended):
             if number < self._num_recorded:
                 last.mul_(1.1)
 
-        return (forward if work.func.__name__ == "_compute" else play), made
+        return (forward if work.func.__name__ == "_compute_recorded" else play), made
 
 
 def test_what_recording_does_to_forwards_before_it_is_seen():
@@ -153,7 +153,7 @@ def test_what_recording_does_to_forwards_before_it_is_seen():
 
 
 class CountsBackwards(Wrong):
-    wrong, played = ("_compute",), 0
+    wrong, played = ("_compute_recorded",), 0
 
     def record(self, work):
         play, made = super().record(work)
@@ -162,7 +162,7 @@ class CountsBackwards(Wrong):
             self.played += 1
             play()
 
-        return (counted if work.func.__name__ == "_differentiate" else play), made
+        return (counted if work.func.__name__ == "_differentiate_recorded" else play), made
 
 
 def test_no_backward_is_played_of_a_forward_that_was_wrong():

@@ -1,0 +1,192 @@
+"""What all ranks do with the blocks that they record together, in one forward of the model: they agree on it.
+
+At the first block of a forward each rank tells all others, through their hosts, what it knows (`State`); what follows
+from all states is the same on every rank. A rank for itself decides nothing: it would exchange tokens with nobody.
+"""
+
+import weakref
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from moe_accel.graphs.calls import Given
+from moe_accel.graphs.module import CALLS, OTHER_CALLS
+from moe_accel.graphs.recorder import Recorder
+
+MOST_TOKENS = 4096
+"""Of a rank. 12 layers of Qwen3-30B-A3B's shapes on two H200: with so many the host takes 110 of 130 ms a step, and 58
+of 100 once blocks are recorded; with twice as many it is the GPU that takes the time, and it computes more in these."""
+
+
+class Decision(Enum):
+    """What all ranks do in one forward."""
+
+    COMPUTE = "as ever"
+    RECORD = "recorded, and computed as ever"
+    PLAY = "played"
+    TRY = "played, and computed as ever"
+
+
+class State(NamedTuple):
+    """Of one rank, at the first block of a forward, as numbers that all ranks are told.
+
+    Attributes:
+        num_tokens: that the first block was called with; -1 for a call that cannot be recorded.
+        calls: so many came with as many, one after the other.
+        has_ended: nothing is to be played any more.
+        in_order: nothing was recorded before this forward that has to come after these.
+        recorded: whether something is.
+        fits: and whether this call is of its kind.
+        is_stale: and whether it is not as it was, or attention waits to be recorded with it.
+        is_busy: and whether its backward may still come.
+        is_due: and whether it is to be tried.
+    """
+
+    num_tokens: int
+    calls: int
+    has_ended: bool
+    in_order: bool
+    recorded: bool
+    fits: bool
+    is_stale: bool
+    is_busy: bool
+    is_due: bool
+
+
+class Agreement:
+    """Of the blocks of one model, and of all ranks.
+
+    Attributes:
+        why_ended: why all is computed as ever, for good: empty where it is for a rank to say; None: it is not.
+        decision: of this forward.
+    """
+
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
+        self.why_ended: str | None = None
+        self.decision = Decision.COMPUTE
+        self._group: Any = None
+        # Blocks, which have this: in this forward, in the one before, and ever.
+        self._called: list[weakref.ref[Any]] = []
+        self._members: list[weakref.ref[Any]] = []
+        self._all: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._kind: Any = None
+        self._calls = self._other_calls = self._unusual = 0
+
+    def __deepcopy__(self, memo: dict) -> "Agreement":
+        copied = memo[id(self)] = Agreement(memo.get(id(self.recorder)) or self.recorder.__deepcopy__(memo))
+        return copied
+
+    def __reduce__(self) -> tuple:
+        return Agreement, (self.recorder,)
+
+    def add(self, block: Any) -> None:
+        """A block that is to be recorded. Attention is recorded in the forward in which they are."""
+        self._all.add(block)
+        self.recorder.follow()
+
+    def decide(self, block: Any, found: Given | None) -> Decision:
+        """For one block's call: what was decided at the first of this forward. There it is a collective call."""
+        if not self._called or any(each() is block for each in self._called):
+            self._members, self._called = self._called, []
+            self.decision = self._decide(self._of_all_ranks(self._state(block, found)))
+        self._called.append(weakref.ref(block))
+        return self.decision
+
+    def _state(self, first: Any, found: Given | None) -> State:
+        if found is None:
+            self._calls = 0
+        else:
+            self._calls = self._calls + 1 if found.kind == self._kind else 1
+            self._kind = found.kind
+        members = [each for each in (each() for each in self._members) if each is not None]
+        recorded = [each for each in members if each.recording is not None]
+        own, recorder = first.recording, self.recorder
+        is_busy = any(each.recording.is_pending for each in recorded)
+        stale = recorder.wants_renewal or not all(each.is_as_recorded() for each in recorded)
+        stale = stale or (own is not None and not is_busy and not recorder.may_play(own))
+        about_to_record = not recorded and self._calls > CALLS
+        return State(
+            num_tokens=-1 if found is None else sum(each.shape[:-1].numel() for each in found.tensors[:1]),
+            calls=self._calls,
+            has_ended=recorder.has_failed or any(each.has_ended(about_to_record) for each in members),
+            in_order=recorder.is_in_order,
+            recorded=bool(recorded),
+            fits=own is not None and found is not None and own.kind == found.kind,
+            is_stale=stale,
+            is_busy=is_busy,
+            is_due=any(each.recording.trial.is_due for each in recorded),
+        )
+
+    def _of_all_ranks(self, state: State) -> list[State]:
+        if self._group is None:  # of hosts: devices go on meanwhile
+            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        own = torch.tensor([int(each) for each in state])
+        found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, own, group=self._group)
+        return [State(*each.tolist()) for each in found]
+
+    def _decide(self, ranks: Sequence[State]) -> Decision:
+        """The same on all ranks, as it depends on nothing but what all were told, now and before."""
+        tokens = [each.num_tokens for each in ranks]
+        is_usual = min(tokens) == max(tokens) and 0 < max(tokens) <= MOST_TOKENS
+        self._unusual = 0 if is_usual else self._unusual + 1
+        if any(each.has_ended for each in ranks):
+            return self._end("")
+        if self._unusual > OTHER_CALLS:
+            return self._end(_why_unusual(tokens))
+        is_recorded = any(each.recorded for each in ranks)
+        if not is_usual:
+            self._calls = 0
+            if min(tokens) > MOST_TOKENS and not is_recorded:
+                self.recorder.lead()
+            return Decision.COMPUTE
+        if is_recorded:
+            return self._of_recorded(ranks)
+        calls = min(each.calls for each in ranks)
+        if calls < CALLS:
+            return Decision.COMPUTE
+        if calls == CALLS:
+            self.recorder.follow(next_forward=True)
+            return Decision.COMPUTE
+        if not all(each.in_order for each in ranks):
+            return self._renew()
+        return Decision.RECORD
+
+    def _of_recorded(self, ranks: Sequence[State]) -> Decision:
+        if not all(each.fits for each in ranks):
+            self._other_calls += 1
+            is_for_good = self._other_calls > OTHER_CALLS or not all(each.recorded for each in ranks)
+            return self._renew() if is_for_good else Decision.COMPUTE
+        self._other_calls = 0
+        if any(each.is_busy for each in ranks):
+            return Decision.COMPUTE
+        if any(each.is_stale for each in ranks):
+            return self._renew()
+        return Decision.TRY if any(each.is_due for each in ranks) else Decision.PLAY
+
+    def _renew(self) -> Decision:
+        """Let all be recorded anew, attention too, in one later forward: in their order."""
+        self.recorder.renew_all()
+        self.recorder.follow()
+        self._calls = self._other_calls = 0
+        for each in self._all:
+            each.drop()
+        return Decision.COMPUTE
+
+    def _end(self, why: str) -> Decision:
+        self.why_ended = why
+        self.recorder.lead()
+        return Decision.COMPUTE
+
+
+def _why_unusual(tokens: Sequence[int]) -> str:
+    """Of the last forward, on all ranks."""
+    if min(tokens) < 0:
+        return ""
+    if min(tokens) != max(tokens):
+        return f"other numbers of tokens on other ranks, {min(tokens):,} to {max(tokens):,} in one step"
+    return f"{max(tokens):,} tokens on each rank: some, and {MOST_TOKENS:,} at most"

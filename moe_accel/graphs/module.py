@@ -1,0 +1,200 @@
+"""Graphs of one module, and when they are played: by what this rank sees of its calls."""
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from moe_accel.backward import in_backward
+from moe_accel.graphs.calls import Given, Unusual, Watched, given
+from moe_accel.graphs.record import Recording
+from moe_accel.graphs.recorder import Recorder
+
+CALLS = 2
+"""Calls of a kind, one after the other, that are computed as ever before it is recorded."""
+OTHER_CALLS = 50
+"""Calls of another kind, one after the other, for which what is recorded is recorded anew."""
+OPEN = 50
+"""Trials, one after the other, that say nothing, before somebody is told."""
+PASSED_BY = 10
+"""Calls that cannot be recorded, one after the other, before somebody is told."""
+RECORDINGS = 3
+"""Of one module, at most: where parameters move every time, graphs are not worth it."""
+LONG = 25
+"""Times that one was played, after which it was worth it."""
+
+
+class Graphs:
+    """Of one module: what was seen of its calls, and what is recorded.
+
+    Attributes:
+        recorder: of the model.
+        owner: reference to the module.
+        recording: what is recorded, of the kind of call that came three times in a row.
+        kind: of the last call.
+        calls: so many of this kind came one after the other, without a recording of it.
+        passed_by: so many came one after the other that cannot be recorded.
+        recorded: how often it was; more than `RECORDINGS` if it is given up.
+        put_off: so often it was not, one after the other, because others were played without a trial.
+        gathered: FSDP2's objects for its parameters, which leave them their memory.
+    """
+
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
+        self.owner: Any = None
+        self.recording: Recording | None = None
+        self.kind: Any = None
+        self.calls = self.passed_by = self.recorded = self.put_off = 0
+        self.gathered: list[Any] = []
+
+    def __deepcopy__(self, memo: dict) -> "Graphs":
+        copied = memo[id(self)] = Graphs(memo.get(id(self.recorder)) or self.recorder.__deepcopy__(memo))
+        return copied
+
+    def __reduce__(self) -> tuple:
+        return Graphs, (self.recorder,)
+
+    def call(self, module: nn.Module, own: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output, played if that is as good."""
+        self.own(module)
+        is_replica = self.owner() is not module  # of DataParallel, with the attributes of its model
+        if self.recording is not None and self.recording.trial.problem and self.recorded <= RECORDINGS:
+            self._refuse(module, self.recording.trial.problem)
+        if self.recorder.has_failed or self.recorded > RECORDINGS:
+            self._let_go()
+            return own(*args, **kwargs)
+        if is_replica:
+            return own(*args, **kwargs)
+        counts = not in_backward() and self.recorder.sees(self)
+        try:
+            check_surroundings()
+            found = given(self.recorder.device_type, args, kwargs)
+        except Unusual as unusual:
+            self._pass_by(module, str(unusual))
+            return own(*args, **kwargs)
+        if self.recording is not None and self.recording.era != self.recorder.era:
+            self.drop()
+        if counts and (self.recording is None or self.recording.kind != found.kind):
+            self._count(module, own, args, kwargs, found)
+        recording = self.recording
+        if recording is None or recording.kind != found.kind or recording.is_pending:
+            return own(*args, **kwargs)
+        if not (recording.watched.is_same(module) and self.recorder.may_play(recording)):
+            self.recorder.renew(recording)
+            self.drop()
+            return own(*args, **kwargs)
+        self.calls = self.passed_by = 0
+        self.tell_if_open(module, recording)
+        return recording.play(found.tensors, own)
+
+    def own(self, module: nn.Module) -> None:
+        """Know whose they are, from the first call on."""
+        self.owner = self.owner or weakref.ref(module)
+
+    def drop(self) -> None:
+        """Forget what is recorded; if it was of use for long, how often it was recorded, too."""
+        if self.recording is not None and self.recording.num_played > LONG:
+            self.recorded = 0
+        self.recording, self.calls = None, 0
+
+    def _count(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
+        """Of calls for which nothing is recorded: record, where they are alike."""
+        self.calls, self.kind = self.calls + 1 if found.kind == self.kind else 1, found.kind
+        if self.recording is not None:
+            if self.calls > OTHER_CALLS:
+                self.recorder.renew(self.recording)
+        elif self.calls > CALLS or self.recorder.has_company:
+            self._record(module, own, args, kwargs, found)
+        elif self.calls == 1:
+            self._pass_by(module, "calls of which no three are alike")
+
+    def _pass_by(self, module: nn.Module, reason: str) -> None:
+        """Say once of a model why nothing is recorded, where it goes on like this."""
+        self.passed_by += 1
+        if self.passed_by > PASSED_BY and self.recording is None:
+            self._tell(module, f"computed without a CUDA graph so far, because of {reason}")
+
+    def _tell(self, module: nn.Module, what: str) -> None:
+        """Say once of a model what is not as it should be."""
+        if not self.recorder.has_told:
+            self.recorder.has_told = True
+            warnings.warn(f"{type(module).__name__} is {what}", stacklevel=2)
+
+    def tell_if_open(self, module: nn.Module, recording: Recording) -> None:
+        """Say once of a model that its trial goes on and on."""
+        if recording.trial.num_open > OPEN:
+            self._tell(module, "recorded, and not used so far: its gradients were zero, infinite or not asked for")
+
+    def _record(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
+        if not self.recorder.is_open:
+            self.recorder.wants_renewal |= self.calls > OTHER_CALLS
+            return
+        watched = Watched(module)
+        if not (watched.trained() or any(each.requires_grad for each in found.tensors)):
+            self.calls = -OTHER_CALLS  # nothing to train yet
+            return
+        if not self.recorder.may_record:
+            self._put_off(module)
+            return
+        self.recorded, self.put_off = self.recorded + 1, 0
+        problem = watched.problem()
+        if self.recorded > RECORDINGS:
+            problem = "its calls overlap, or its parameters or attributes change, all the time"
+        if not problem:
+            try:
+                self.recording = Recording(self.recorder, watched, own, args, kwargs, found)
+            except (RuntimeError, Unusual) as error:
+                problem = str(error).strip().partition("\n")[0]
+        if problem:
+            self._refuse(module, problem)
+
+    def _put_off(self, module: nn.Module) -> None:
+        """Let all others be tried in the next forward, so that it may be recorded then; but not for ever."""
+        self.put_off += 1
+        if self.put_off <= PASSED_BY:
+            self.recorder.round.number += 1
+        else:
+            self._tell(
+                module,
+                "computed without a CUDA graph so far, because of forwards without a backward, or of "
+                "calls that are not alike",
+            )
+
+    def _refuse(self, module: nn.Module, problem: str) -> None:
+        """Compute it as ever from now on, and say why."""
+        self.recorded = RECORDINGS + 1
+        self._let_go()
+        warnings.warn(f"{type(module).__name__} is computed without a CUDA graph: {problem}", stacklevel=2)
+
+    def _let_go(self) -> None:
+        """Of what is not used any more, and of gathered weights; not before a backward that reads them."""
+        if self.recording is not None and self.recording.is_pending:
+            return
+        self.recording = None
+        for parameter in self.gathered:
+            vars(parameter).pop("free_unsharded_param", None)
+        self.gathered.clear()
+
+
+def check_surroundings() -> None:
+    """Raise Unusual where somebody looks at all modules, or drops, moves or makes anew what is saved for backward."""
+    internals: Any = torch._C
+    hooks = internals._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None or in_backward():
+        raise Unusual("checkpointing, or other hooks on what is saved for backward")
+    if _has_any_global_hook():
+        raise Unusual("global hooks of modules")
+
+
+class Graphed(nn.Module):
+    """What a recorded module does instead."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Played, where it is training as usual; else its own."""
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        return self._moe_accel_graphs.call(self, super().forward, args, kwargs)

@@ -1,0 +1,212 @@
+"""How CUDA graphs are recorded, and which of those that share memory may be played when."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_accel import garbage
+from moe_accel.graphs.trial import Round
+
+
+class Recorder:
+    """How the graphs of one model are recorded: in one pool of memory, by one stream beside torch's own.
+
+    Graphs are played one after the other on one stream. So memory that a graph needs no longer than until what it made
+    is copied is that of graphs recorded later, too: recorded tensors are let go of, and read by `borrow`. It may be
+    theirs for what they keep for backward. So no graph is played while the backward of one recorded later is to come:
+    layers are recorded in their order, played forward in it and backward in the reverse.
+
+    Attributes:
+        has_told: whether somebody was told why nothing is recorded.
+        has_failed: whether recording was ended by an error, after which nothing more is recorded.
+        era: changes when all that was recorded before is to be recorded anew, in later forwards of the model.
+        wants_renewal: whether attention that may not be recorded has waited long enough for that.
+        round: of trials; another one whenever something is recorded, is to be, or was wrong.
+    """
+
+    device_type = "cuda"
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: Any = None
+        self._graphs: list[Any] = []  # of this era: torch takes from all of a stream what they share when one goes
+        self._recorded_era = -1
+        self._played_on: int | None = None
+        self.has_told, self.has_failed, self.era, self.round = False, False, 0, Round()
+        self._num_recorded = self._forwards = self._since = 0
+        self._recorded_in: int | None = None
+        self._leads, self._follows_in = True, -1
+        self.wants_renewal = False
+        self._called: weakref.WeakSet[Any] = weakref.WeakSet()  # in this forward of the model
+        # Those whose backward may come, in the order in which they were recorded. References: what has this has them.
+        self._waiting: list[weakref.ref[Any]] = []
+        self._gradients: dict[Any, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict) -> "Recorder":
+        copied = memo[id(self)] = type(self)()
+        return copied
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+    def number(self) -> int:
+        """Of the recording that is made now, which may spoil what others read."""
+        self._num_recorded += 1
+        self.round.number += 1
+        if self._recorded_in is None:
+            self._recorded_in = self._forwards
+        return self._num_recorded
+
+    @property
+    def is_open(self) -> bool:
+        """Whether attention may be recorded in this forward."""
+        return self._leads or self.has_company
+
+    @property
+    def has_company(self) -> bool:
+        """Whether others are recorded in this forward, and attention with them or not at all."""
+        return self._forwards == self._follows_in
+
+    def lead(self) -> None:
+        """Let attention be recorded whenever its calls are alike."""
+        self._leads = True
+
+    def follow(self, next_forward: bool = False) -> None:
+        """Let it be recorded in the next forward alone, or in none: in that in which others are, so in order."""
+        self._leads, self._follows_in = False, self._forwards + 1 if next_forward else -1
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether nothing of this era was recorded in an earlier forward: what is recorded now has its place."""
+        return self._recorded_in in (None, self._forwards)
+
+    def sees(self, graphs: Any) -> bool:
+        """Whether a call of the module that has these counts: in the forward of the model in which all were let go of,
+        it does not, so that all are recorded in one forward again."""
+        if graphs in self._called:
+            self._called.clear()
+            self._forwards += 1
+        self._called.add(graphs)
+        return self._forwards >= self._since
+
+    def is_for(self, stream: int | None) -> bool:
+        """Whether what is recorded is played on this stream: one for all."""
+        self._played_on = stream if self._played_on is None else self._played_on
+        return stream == self._played_on
+
+    def renew(self, recording: Any) -> None:
+        """Let all that was recorded with this one be recorded anew: by itself it would come after the others."""
+        if recording.era == self.era:
+            self.renew_all()
+
+    def renew_all(self) -> None:
+        """Let whatever is recorded be recorded anew, in one later forward."""
+        self.era, self._since, self._recorded_in = self.era + 1, self._forwards + 1, None
+        self.wants_renewal = False
+
+    def may_play(self, recording: Any) -> bool:
+        """Whether no recorded forward is waiting for its backward that this one would take memory from."""
+        while self._waiting:
+            last = self._waiting[-1]()
+            if last is not None and last.is_pending:
+                return last.number < recording.number
+            self._waiting.pop()
+        return True
+
+    @property
+    def may_record(self) -> bool:
+        """Whether all forwards that wait for their backward are trials, which see what recording spoils."""
+        waiting = [each for each in (each() for each in self._waiting) if each is not None and each.is_pending]
+        return not any(each.is_alone for each in waiting)
+
+    def played_forward(self, recording: Any) -> None:
+        """Its backward may come now."""
+        self._waiting.append(weakref.ref(recording))
+
+    def plays_backward(self, recording: Any) -> None:
+        """What was recorded later can have no backward from now on."""
+        while self._waiting:
+            later = self._waiting[-1]()
+            if later is not None and later.number < recording.number:
+                break
+            self._waiting.pop()
+            if later is not None:
+                later.forget()
+
+    def gradient(self, at: int, like: Tensor) -> Tensor:
+        """Where the gradient of an output is read, which is needed for a moment: all recordings have it."""
+        key = at, like.shape, like.dtype, like.device
+        if key not in self._gradients:
+            self._gradients[key] = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return self._gradients[key]
+
+    def borrow(self, tensor: Tensor) -> Tensor:
+        """The same values at the same address, which does not keep the memory; the tensor itself if it has gaps."""
+        if not tensor.is_contiguous() or not tensor.numel():
+            return tensor
+        return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """On the stream that records."""
+        if self._recorded_era != self.era:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._recorded_era = self.era
+            self._graphs.clear()
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """What starts again all that `work` starts on the GPU; and what `work` made, whose values then change."""
+        graph = torch.cuda.CUDAGraph()
+        with garbage.left_alone():  # a model that goes would take its graphs along, and spoil this one (pytorch#161037)
+            try:
+                # Other threads, such as NCCL's, may go on with what this one must not do while it records.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                made = work()
+                graph.capture_end()
+            except BaseException:
+                self.has_failed = True
+                for end in (graph.capture_end, self._leave_pool, self._record_nothing):
+                    with suppress(RuntimeError):  # what went wrong before is what the caller wants to know
+                        end()
+                raise
+        self._graphs.append(graph)
+        return graph.replay, made
+
+    def _leave_pool(self) -> None:
+        """What torch does at the end of a recording, unless that fails."""
+        internals: Any = torch._C
+        internals._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+
+    def _record_nothing(self) -> None:
+        """Let torch's random numbers be as outside of recordings again, which a failed one leaves as inside."""
+        graph, one = torch.cuda.CUDAGraph(), torch.ones(1, device="cuda")
+        graph.capture_begin(torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+        one.fill_(1)
+        graph.capture_end()
+
+    @contextmanager
+    def refusing_to_wait(self) -> Iterator[None]:
+        """Raise RuntimeError where the host waits for the GPU, which a recording cannot and is spoiled by."""
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+class _Memory:
+    """Of a tensor, as bytes, for what reads `__cuda_array_interface__`."""
+
+    def __init__(self, tensor: Tensor):
+        shape, data = (tensor.numel() * tensor.element_size(),), (tensor.data_ptr(), False)
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": "|u1", "data": data, "version": 3}
