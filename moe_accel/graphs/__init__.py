@@ -55,9 +55,8 @@ def install(
         return ["no CUDA graphs: no GPU"]
     if compiled:
         return ["no CUDA graphs: torch.compile is to compile the model"]
-    recorder = Recorder()
-    attention = record_attention(model, recorder)
-    blocks = record_blocks(model, recorder) if why_not is None else []
+    attention = record_attention(model, Recorder())
+    blocks = record_blocks(model, Recorder()) if why_not is None else []
     said = ["no CUDA graphs of attention: none of transformers that is causal"]
     if attention:
         leave_cache_out(model)
@@ -102,7 +101,10 @@ def record_attention(model: nn.Module, recorder: Recorder) -> list[Any]:
 
 
 def record_blocks(model: nn.Module, recorder: Recorder) -> list[Any]:
-    """Let the blocks be recorded in which experts of expert parallelism are, unless attention is in them, too."""
+    """Let the blocks be recorded in which experts of expert parallelism are, unless attention is in them, too.
+
+    By a recorder of their own, and so in other memory than attention, which each rank records for itself.
+    """
     let_nccl_record()
     agreement, blocks = Agreement(recorder), []
     for name, module in experts.find_experts(model):
@@ -116,6 +118,8 @@ def record_blocks(model: nn.Module, recorder: Recorder) -> list[Any]:
         vars(block).setdefault("_moe_accel_graphs", BlockGraphs(agreement, path))
         become(block, Graphed)
         blocks.append(block)
+    if blocks:
+        model.register_forward_pre_hook(agreement.begin)
     return blocks
 
 

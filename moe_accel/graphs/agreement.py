@@ -16,6 +16,8 @@ from moe_accel.graphs.calls import Given
 from moe_accel.graphs.module import CALLS, OTHER_CALLS
 from moe_accel.graphs.recorder import Recorder
 
+WAITING = 100
+"""Forwards without three alike on all ranks, after which they stop to ask each other."""
 MOST_TOKENS = 4096
 """Of a rank. 12 layers of Qwen3-30B-A3B's shapes on two H200: with so many the host takes 110 of 130 ms a step, and 58
 of 100 once blocks are recorded; with twice as many it is the GPU that takes the time, and it computes more in these."""
@@ -37,18 +39,18 @@ class State(NamedTuple):
         num_tokens: that the first block was called with; -1 for a call that cannot be recorded.
         calls: so many came with as many, one after the other.
         has_ended: nothing is to be played any more.
-        in_order: nothing was recorded before this forward that has to come after these.
+        may_record: no forward that was played without a trial waits for its backward.
         recorded: whether something is.
         fits: and whether this call is of its kind.
-        is_stale: and whether it is not as it was, or attention waits to be recorded with it.
-        is_busy: and whether its backward may still come.
+        is_stale: and whether it is not as it was.
+        is_busy: and whether the backward of an earlier forward may still come.
         is_due: and whether it is to be tried.
     """
 
     num_tokens: int
     calls: int
     has_ended: bool
-    in_order: bool
+    may_record: bool
     recorded: bool
     fits: bool
     is_stale: bool
@@ -74,7 +76,8 @@ class Agreement:
         self._members: list[weakref.ref[Any]] = []
         self._all: weakref.WeakSet[Any] = weakref.WeakSet()
         self._kind: Any = None
-        self._calls = self._other_calls = self._unusual = 0
+        self._begins = True
+        self._calls = self._other_calls = self._waited = 0
 
     def __deepcopy__(self, memo: dict) -> "Agreement":
         copied = memo[id(self)] = Agreement(memo.get(id(self.recorder)) or self.recorder.__deepcopy__(memo))
@@ -84,15 +87,21 @@ class Agreement:
         return Agreement, (self.recorder,)
 
     def add(self, block: Any) -> None:
-        """A block that is to be recorded. Attention is recorded in the forward in which they are."""
+        """A block that is to be recorded."""
         self._all.add(block)
-        self.recorder.follow()
+
+    def begin(self, *_: Any) -> None:
+        """Forward pre-hook of the model."""
+        self._begins = True
 
     def decide(self, block: Any, found: Given | None) -> Decision:
         """For one block's call: what was decided at the first of this forward. There it is a collective call."""
-        if not self._called or any(each() is block for each in self._called):
-            self._members, self._called = self._called, []
+        # The first one again: somebody calls a part of the model, without its hook.
+        if self._begins or self._called[0]() is block:
+            self._members, self._called, self._begins = self._called, [], False
             self.decision = self._decide(self._of_all_ranks(self._state(block, found)))
+        elif any(each() is block for each in self._called):
+            block.why_not = "called more than once in a forward"
         self._called.append(weakref.ref(block))
         return self.decision
 
@@ -106,18 +115,16 @@ class Agreement:
         recorded = [each for each in members if each.recording is not None]
         own, recorder = first.recording, self.recorder
         is_busy = any(each.recording.is_pending for each in recorded)
-        stale = recorder.wants_renewal or not all(each.is_as_recorded() for each in recorded)
-        stale = stale or (own is not None and not is_busy and not recorder.may_play(own))
         about_to_record = not recorded and self._calls > CALLS
         return State(
             num_tokens=-1 if found is None else sum(each.shape[:-1].numel() for each in found.tensors[:1]),
             calls=self._calls,
             has_ended=recorder.has_failed or any(each.has_ended(about_to_record) for each in members),
-            in_order=recorder.is_in_order,
+            may_record=recorder.may_record,
             recorded=bool(recorded),
             fits=own is not None and found is not None and own.kind == found.kind,
-            is_stale=stale,
-            is_busy=is_busy,
+            is_stale=not all(each.is_as_recorded() for each in recorded),
+            is_busy=is_busy or (own is not None and not recorder.may_play(own)),
             is_due=any(each.recording.trial.is_due for each in recorded),
         )
 
@@ -133,28 +140,19 @@ class Agreement:
         """The same on all ranks, as it depends on nothing but what all were told, now and before."""
         tokens = [each.num_tokens for each in ranks]
         is_usual = min(tokens) == max(tokens) and 0 < max(tokens) <= MOST_TOKENS
-        self._unusual = 0 if is_usual else self._unusual + 1
+        is_recorded = any(each.recorded for each in ranks)
+        self._waited = 0 if is_recorded else self._waited + 1
         if any(each.has_ended for each in ranks):
             return self._end("")
-        if self._unusual > OTHER_CALLS:
+        if self._waited > WAITING:
             return self._end(_why_unusual(tokens))
-        is_recorded = any(each.recorded for each in ranks)
         if not is_usual:
             self._calls = 0
-            if min(tokens) > MOST_TOKENS and not is_recorded:
-                self.recorder.lead()
             return Decision.COMPUTE
         if is_recorded:
             return self._of_recorded(ranks)
-        calls = min(each.calls for each in ranks)
-        if calls < CALLS:
-            return Decision.COMPUTE
-        if calls == CALLS:
-            self.recorder.follow(next_forward=True)
-            return Decision.COMPUTE
-        if not all(each.in_order for each in ranks):
-            return self._renew()
-        return Decision.RECORD
+        are_alike = min(each.calls for each in ranks) > CALLS
+        return Decision.RECORD if are_alike and all(each.may_record for each in ranks) else Decision.COMPUTE
 
     def _of_recorded(self, ranks: Sequence[State]) -> Decision:
         if not all(each.fits for each in ranks):
@@ -169,9 +167,8 @@ class Agreement:
         return Decision.TRY if any(each.is_due for each in ranks) else Decision.PLAY
 
     def _renew(self) -> Decision:
-        """Let all be recorded anew, attention too, in one later forward: in their order."""
+        """Let all be recorded anew, in one later forward."""
         self.recorder.renew_all()
-        self.recorder.follow()
         self._calls = self._other_calls = 0
         for each in self._all:
             each.drop()
@@ -179,7 +176,6 @@ class Agreement:
 
     def _end(self, why: str) -> Decision:
         self.why_ended = why
-        self.recorder.lead()
         return Decision.COMPUTE
 
 
@@ -189,4 +185,6 @@ def _why_unusual(tokens: Sequence[int]) -> str:
         return ""
     if min(tokens) != max(tokens):
         return f"other numbers of tokens on other ranks, {min(tokens):,} to {max(tokens):,} in one step"
+    if 0 < max(tokens) <= MOST_TOKENS:
+        return "no three forwards in a row with as many tokens, or none without another's backward to come"
     return f"{max(tokens):,} tokens on each rank: some, and {MOST_TOKENS:,} at most"

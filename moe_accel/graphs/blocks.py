@@ -87,7 +87,7 @@ class BlockGraphs(Graphs):
     def has_ended(self, about_to_record: bool) -> bool:
         """Whether it must not be played any more, or cannot be recorded."""
         module = self.owner and self.owner()
-        if about_to_record and module is not None:
+        if about_to_record and module is not None and not self.why_not:
             self.why_not = Watched(module).problem(maybe_sharded=True) or ""
             if self.recorded >= RECORDINGS:
                 self.why_not = "its parameters or attributes change all the time"
@@ -124,26 +124,28 @@ class BlockGraphs(Graphs):
         if self.agreement.why_ended is not None or in_backward():
             self._end(module)
             return own(*args, **kwargs)
+        if not _trains(module, (*args, *kwargs.values())):
+            return own(*args, **kwargs)
+        self.own(module)
         found, why = None, ""
         try:
             check_surroundings()
             found = given(self.recorder.device_type, args, kwargs)
         except Unusual as unusual:
             why = str(unusual)
-        if found is not None and not _trains(module, found):
-            return own(*args, **kwargs)
-        self.own(module)
-        self.recorder.sees(self)
         decision, recording = self.agreement.decide(self, found), self.recording
         self.passed_by = self.passed_by if why else 0
         if why:
             self._pass_by(module, why)
-        if decision is Decision.RECORD and found is not None and not self.recorder.has_failed:
+        if decision is Decision.RECORD and found is not None and not self.why_not:
             self._record_now(module, own, args, kwargs, found)
-        # Without a recording: it was not called, or not so, in the forward in which all ranks recorded.
-        if decision in (Decision.COMPUTE, Decision.RECORD) or recording is None:
+        if decision in (Decision.COMPUTE, Decision.RECORD) or found is None or recording is None:
             return own(*args, **kwargs)
-        if found is None or recording.kind != found.kind or not recording.watched.is_same(module):
+        # As ever on all ranks, too, since the script says so: what is called twice in a forward, and what was not
+        # called, or not so (checkpointed), in the forward in which all recorded: above.
+        if recording.is_pending or not self.recorder.may_play(recording):
+            return own(*args, **kwargs)
+        if recording.kind != found.kind or not recording.watched.is_same(module):
             raise RuntimeError(
                 f"cuda_graphs: {type(module).__name__} was changed, or called unlike in the steps before, after all "
                 "ranks had agreed to play what is recorded\nhint: moe_config: {cuda_graphs: attention}"
@@ -170,15 +172,17 @@ class BlockGraphs(Graphs):
     def _record_now(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
         """Record this call, as all ranks do: each computes it twice more with them."""
         self.recorded += 1
-        how: Any = {"around": experts.known_sizes}
         try:
-            self.recording = Recording(self.recorder, Watched(module), own, args, kwargs, found, **how)
+            self.recording = Recording(
+                self.recorder, Watched(module), own, args, kwargs, found, around=experts.known_sizes
+            )
         except torch.OutOfMemoryError:
             raise  # of this rank: the others would wait for it
         except (RuntimeError, Unusual) as error:  # of all ranks, as they compute the same
             self._refuse(module, str(error).strip().partition("\n")[0])
 
 
-def _trains(module: nn.Module, found: Given) -> bool:
+def _trains(module: nn.Module, given: Sequence[Any]) -> bool:
     """Whether a call has a backward."""
-    return any(each.requires_grad for each in (*found.tensors, *module.parameters()))
+    given = [each for each in given if isinstance(each, torch.Tensor)]
+    return any(each.requires_grad for each in given) or any(each.requires_grad for each in module.parameters())

@@ -69,13 +69,13 @@ class Graphs:
             return own(*args, **kwargs)
         if is_replica:
             return own(*args, **kwargs)
-        counts = not in_backward() and self.recorder.sees(self)
         try:
             check_surroundings()
             found = given(self.recorder.device_type, args, kwargs)
         except Unusual as unusual:
             self._pass_by(module, str(unusual))
             return own(*args, **kwargs)
+        counts = self.recorder.sees(self)
         if self.recording is not None and self.recording.era != self.recorder.era:
             self.drop()
         if counts and (self.recording is None or self.recording.kind != found.kind):
@@ -107,7 +107,7 @@ class Graphs:
         if self.recording is not None:
             if self.calls > OTHER_CALLS:
                 self.recorder.renew(self.recording)
-        elif self.calls > CALLS or self.recorder.has_company:
+        elif self.calls > CALLS:
             self._record(module, own, args, kwargs, found)
         elif self.calls == 1:
             self._pass_by(module, "calls of which no three are alike")
@@ -130,9 +130,6 @@ class Graphs:
             self._tell(module, "recorded, and not used so far: its gradients were zero, infinite or not asked for")
 
     def _record(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
-        if not self.recorder.is_open:
-            self.recorder.wants_renewal |= self.calls > OTHER_CALLS
-            return
         watched = Watched(module)
         if not (watched.trained() or any(each.requires_grad for each in found.tensors)):
             self.calls = -OTHER_CALLS  # nothing to train yet

@@ -95,8 +95,6 @@ class Recording:
         self._aliases = {each: nn.Parameter(local(each).detach()) for each in self._trained}
         self._leaves = [*self._inputs, *self._aliases.values()]
         self._sources = [each for each in self._leaves if each.requires_grad]
-        if not recorder.is_for(found.stream):
-            raise Unusual("another stream")
         # Backward is recorded in a forward, and must not be under its autocast; forward sets its own.
         with recorder.beside(), torch.autocast(self._device_type, enabled=False):
             with recorder.refusing_to_wait():  # what is made at a first call is made here, not recorded
@@ -105,6 +103,10 @@ class Recording:
             self._gradients = [recorder.gradient(*each) for each in enumerate(wanting)]
             self._differentiate_recorded(outputs)
             self._left.clear()
+            if not recorder.is_for(found.stream):  # only now: other ranks have computed with this one
+                raise Unusual("another stream")
+            if recorder.has_failed:
+                raise Unusual("an error in what was recorded before")
             self._forward, (made, outputs) = recorder.record(partial(self._compute_recorded, call))
             self._backward, self._found = recorder.record(partial(self._differentiate_recorded, outputs))
             self.wants = [each.requires_grad for each in outputs]

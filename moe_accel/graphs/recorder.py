@@ -24,7 +24,6 @@ class Recorder:
         has_told: whether somebody was told why nothing is recorded.
         has_failed: whether recording was ended by an error, after which nothing more is recorded.
         era: changes when all that was recorded before is to be recorded anew, in later forwards of the model.
-        wants_renewal: whether attention that may not be recorded has waited long enough for that.
         round: of trials; another one whenever something is recorded, is to be, or was wrong.
     """
 
@@ -38,9 +37,6 @@ class Recorder:
         self._played_on: int | None = None
         self.has_told, self.has_failed, self.era, self.round = False, False, 0, Round()
         self._num_recorded = self._forwards = self._since = 0
-        self._recorded_in: int | None = None
-        self._leads, self._follows_in = True, -1
-        self.wants_renewal = False
         self._called: weakref.WeakSet[Any] = weakref.WeakSet()  # in this forward of the model
         # Those whose backward may come, in the order in which they were recorded. References: what has this has them.
         self._waiting: list[weakref.ref[Any]] = []
@@ -57,32 +53,7 @@ class Recorder:
         """Of the recording that is made now, which may spoil what others read."""
         self._num_recorded += 1
         self.round.number += 1
-        if self._recorded_in is None:
-            self._recorded_in = self._forwards
         return self._num_recorded
-
-    @property
-    def is_open(self) -> bool:
-        """Whether attention may be recorded in this forward."""
-        return self._leads or self.has_company
-
-    @property
-    def has_company(self) -> bool:
-        """Whether others are recorded in this forward, and attention with them or not at all."""
-        return self._forwards == self._follows_in
-
-    def lead(self) -> None:
-        """Let attention be recorded whenever its calls are alike."""
-        self._leads = True
-
-    def follow(self, next_forward: bool = False) -> None:
-        """Let it be recorded in the next forward alone, or in none: in that in which others are, so in order."""
-        self._leads, self._follows_in = False, self._forwards + 1 if next_forward else -1
-
-    @property
-    def is_in_order(self) -> bool:
-        """Whether nothing of this era was recorded in an earlier forward: what is recorded now has its place."""
-        return self._recorded_in in (None, self._forwards)
 
     def sees(self, graphs: Any) -> bool:
         """Whether a call of the module that has these counts: in the forward of the model in which all were let go of,
@@ -105,8 +76,7 @@ class Recorder:
 
     def renew_all(self) -> None:
         """Let whatever is recorded be recorded anew, in one later forward."""
-        self.era, self._since, self._recorded_in = self.era + 1, self._forwards + 1, None
-        self.wants_renewal = False
+        self.era, self._since = self.era + 1, self._forwards + 1
 
     def may_play(self, recording: Any) -> bool:
         """Whether no recorded forward is waiting for its backward that this one would take memory from."""

@@ -3,9 +3,7 @@
 Real ones: `python -m tests.gpu.several`, arm `graphs`.
 """
 
-import contextlib
 import copy
-import warnings
 
 import pytest
 import torch
@@ -13,96 +11,25 @@ from accelerate import Accelerator
 from torch import distributed as dist
 
 from moe_accel import expert_load, track_expert_load
-from moe_accel.graphs import CALLS, OTHER_CALLS, agreement, record
-from tests import pretended_graphs
+from moe_accel.graphs import CALLS, agreement, record
+from tests.dist.block_graphs import (
+    BEGUN,
+    ELSEWHERE,
+    FAMILIES,
+    GRAPHS,
+    PLAIN,
+    PLAYED,
+    TRIED,
+    WITHOUT,
+    both,
+    prepared,
+    seen,
+    step_of,
+    trained,
+)
 from tests.dist.parity import UPDATE_TOLERANCE
 from tests.dist.ranks import run_ranks, with_moe_config
 from tests.families import build_tiny, tiny_inputs, tiny_loss
-
-PLAIN, TRIED, PLAYED = "COMPUTE", "TRY", "PLAY"
-BEGUN = [PLAIN] * CALLS + ["RECORD", TRIED]
-"""Of the first steps: as ever, recorded, tried."""
-GRAPHS = with_moe_config(ep_size=2, cuda_graphs=True) | {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
-WITHOUT = with_moe_config(ep_size=2) | {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
-ELSEWHERE = "Qwen3MoeSparseMoeBlock is computed without a CUDA graph, because of what a block, or another rank, says"
-FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe", "nemotron_h", "glm4_moe"]
-
-
-@contextlib.contextmanager
-def seen():
-    """What all ranks decided in each forward, and what was warned of, in a block with graphs that are pretended."""
-    patch, decided, said = pytest.MonkeyPatch(), [], []
-    pretended_graphs.pretend(patch)
-    decide = agreement.Agreement._decide
-
-    def noted(self, ranks):
-        decided.append(decide(self, ranks))
-        return decided[-1]
-
-    patch.setattr(agreement.Agreement, "_decide", noted)
-    result = {"decided": [], "said": [], "attention": 0}
-    play = record.Recording.play
-
-    def counted(self, *given, **how):
-        result["attention"] += self.number == 1
-        return play(self, *given, **how)
-
-    patch.setattr(record.Recording, "play", counted)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield result
-    finally:
-        patch.undo()
-        said += [str(each.message) for each in caught]
-        result["decided"] = [each.name for each in decided]
-        result["said"] = [each for each in said if "CUDA graph" in each or "recorded" in each]
-
-
-def prepared(family="qwen3_moe", **config):
-    accelerator = Accelerator()
-    model = build_tiny(family, **config)
-    return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-2))
-
-
-def step_of(model, optimizer, number, family="qwen3_moe", rows=2, length=9, masked=False):
-    inputs = tiny_inputs(family, rows, length, 10 * number + dist.get_rank())
-    if masked:
-        inputs["attention_mask"] = (torch.arange(length) < length - 2).long().expand(rows, length).contiguous()
-    loss = tiny_loss(model, inputs)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
-def two(number, rank):
-    return 2
-
-
-def trained(family, steps, before=None, rows=two, masked=(), **config):
-    """Losses of some steps, and what was seen."""
-    with seen() as found:
-        model, optimizer = prepared(family, **config)
-        losses = []
-        for number in range(steps):
-            if before is not None:
-                before(model, number)
-            how = {"rows": rows(number, dist.get_rank()), "masked": number in masked}
-            losses.append(step_of(model, optimizer, number, family, **how))
-    dist.destroy_process_group()
-    return {"losses": losses, **found}
-
-
-def both(steps, **how):
-    """What ranks trained with graphs and without, and that it is the same."""
-    ours = run_ranks(trained, 2, GRAPHS, steps=steps, **how)
-    theirs = run_ranks(trained, 2, WITHOUT, steps=steps, **how)
-    for one, other in zip(ours, theirs, strict=True):
-        assert one["losses"] == pytest.approx(other["losses"], rel=UPDATE_TOLERANCE)
-        assert not other["decided"]
-    assert ours[0]["decided"] == ours[1]["decided"]
-    return ours
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,8 +62,8 @@ def never_even(number, rank):
 
 
 def test_ranks_whose_tokens_are_never_as_many_compute_as_ever_for_good_and_are_told(monkeypatch):
-    ours = both(OTHER_CALLS + 3, family="qwen3_moe", rows=never_even)
-    assert ours[0]["decided"] == [PLAIN] * (OTHER_CALLS + 1)
+    ours = both(agreement.WAITING + 3, family="qwen3_moe", rows=never_even)
+    assert ours[0]["decided"] == [PLAIN] * (agreement.WAITING + 1)
     for each in ours:
         why = "other numbers of tokens on other ranks, 18 to 27 in one step"
         assert each["said"] == [f"Qwen3MoeSparseMoeBlock is computed without a CUDA graph, because of {why}"]
@@ -147,10 +74,10 @@ def late(number, rank):
     return 3 if number == CALLS and rank == 1 else 2
 
 
-def test_attention_that_was_recorded_before_its_blocks_is_recorded_anew_with_them():
+def test_an_uneven_step_among_the_first_delays_blocks_alone():
     ours = both(12, family="qwen3_moe", rows=late)
-    # Counted anew after the third; by then rank 0 had recorded some attention, and lets go of it: counted once more.
-    assert ours[0]["decided"] == [PLAIN] * 2 * (CALLS + 1) + [*BEGUN, PLAYED, PLAYED]
+    assert ours[0]["decided"] == [PLAIN] * (CALLS + 1) + [*BEGUN, *[PLAYED] * 5]
+    assert ours[0]["attention"] == 12 - CALLS
     assert not any(each["said"] for each in ours)
 
 
@@ -174,71 +101,6 @@ def change_on_one(model, number):
 def test_a_change_on_one_rank_is_seen_by_all():
     ours = both(12, family="qwen3_moe", before=change_on_one)
     assert ours[0]["decided"][6:] == [PLAIN] * (CALLS + 1) + ["RECORD", TRIED, PLAYED]
-
-
-def hook_on_one(model, number):
-    if number == 0 and dist.get_rank() == 0:
-        model.model.layers[1].mlp.gate.register_forward_hook(lambda *_: None)
-
-
-def test_what_one_rank_cannot_record_no_rank_records():
-    ours = both(7, family="qwen3_moe", before=hook_on_one)
-    assert ours[0]["decided"] == [PLAIN] * (CALLS + 1)
-    name = "Qwen3MoeSparseMoeBlock is computed without a CUDA graph"
-    assert f"{name}: hooks, or another forward, inside of it" in ours[0]["said"]
-    assert ours[1]["said"] == [ELSEWHERE]
-
-
-def call_twice(model, number):
-    if number == 0:
-        block = model.model.layers[1].mlp
-        block.register_forward_hook(lambda module, args, output: module.forward(*args))
-
-
-def test_a_block_that_is_called_twice_in_a_forward_trains_as_ever():
-    both(9, family="qwen3_moe", before=call_twice)
-
-
-def evaluate_first(model, number):
-    if number == 6:
-        model.model.layers[0].mlp.eval()
-
-
-def test_the_others_go_on_where_the_first_is_not_trained_any_more():
-    ours = both(12, family="qwen3_moe", before=evaluate_first)
-    assert ours[0]["decided"][-1:] == [PLAYED]
-
-
-def freeze_first_layer(model, number):
-    for part in (model.model.embed_tokens, model.model.layers[0]) if number == 0 else ():
-        part.requires_grad_(False)
-
-
-def test_blocks_without_a_backward_are_left_out():
-    ours = both(7, family="qwen3_moe", before=freeze_first_layer)
-    assert ours[0]["decided"] == [*BEGUN, PLAYED, PLAYED, PLAYED]
-    assert not any(each["said"] for each in ours)
-
-
-@pytest.mark.parametrize("masked", [(1,), (2,), (3,), (1, 2), range(0, 16, 4)], ids=str)
-def test_masks_are_for_attention_alone(masked):
-    ours = both(16, family="qwen3_moe", masked=masked)
-    assert ours[0]["decided"] == [*BEGUN, *[PLAYED] * 12]
-    assert not any(each["said"] for each in ours)
-
-
-def large(model, number):
-    if number == 0:
-        agreement.MOST_TOKENS = 17
-
-
-def test_more_tokens_than_pay_are_left_to_attention():
-    ours = run_ranks(trained, 2, GRAPHS, family="qwen3_moe", steps=OTHER_CALLS + 2, before=large)
-    for each in ours:
-        assert each["decided"] == [PLAIN] * (OTHER_CALLS + 1)
-        why = "18 tokens on each rank: some, and 17 at most"
-        assert each["said"] == [f"Qwen3MoeSparseMoeBlock is computed without a CUDA graph, because of {why}"]
-        assert each["attention"] == OTHER_CALLS + 2 - CALLS
 
 
 def wrong_on_one():
@@ -320,7 +182,7 @@ def recomputed():
         model = build_tiny("qwen3_moe")
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model, optimizer = Accelerator().prepare(model, torch.optim.SGD(model.parameters(), lr=1e-2))
-        for number in range(OTHER_CALLS + 3):
+        for number in range(agreement.WAITING + 3):
             step_of(model, optimizer, number, length=4)
     dist.destroy_process_group()
     return found
@@ -328,7 +190,7 @@ def recomputed():
 
 def test_with_checkpointing_ranks_stop_to_ask_each_other():
     for each in run_ranks(recomputed, 2, GRAPHS):
-        assert each["decided"] == [PLAIN] * (OTHER_CALLS + 1)
+        assert each["decided"] == [PLAIN] * (agreement.WAITING + 1)
         (said,) = {message.partition(", because of ")[2] for message in each["said"]}
         assert said == "checkpointing, or other hooks on what is saved for backward"
 
