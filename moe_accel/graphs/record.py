@@ -149,7 +149,8 @@ class Recording:
         for each in self._later:
             at = next(at for at, one in enumerate(self._sources) if one.data_ptr() == each.matrices.data_ptr())
             gradient, is_turned = each.compute(*each.operands), each.matrices.stride() != self._sources[at].stride()
-            found[at] = gradient.transpose(1, 2) if is_turned else gradient
+            gradient, before = gradient.transpose(1, 2) if is_turned else gradient, found[at]
+            found[at] = gradient if before is None else before + gradient
         return found
 
     @property
@@ -214,7 +215,8 @@ class Recording:
             self._backward()
         found = self._found_later()
         if own is None:
-            found = _owned_where_any(self._found, found)
+            lent = [one if one is other else None for one, other in zip(self._found, found, strict=True)]
+            found = _owned_where_any(lent, found)
         else:
             played, found = found, _owned_where_any(self._differentiate(own))
             if not self.trial.problem:

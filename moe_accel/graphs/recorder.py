@@ -13,7 +13,8 @@ from moe_accel.graphs.trial import Round
 
 
 class Recorder:
-    """How the graphs of one model are recorded: in one pool of memory, by one stream beside torch's own.
+    """How graphs of a model's attention, or of its blocks, are recorded: in one pool of memory, by one stream beside
+    torch's own.
 
     Graphs are played one after the other on one stream. So memory that a graph needs no longer than until what it made
     is copied is that of graphs recorded later, too: recorded tensors are let go of, and read by `borrow`. It may be

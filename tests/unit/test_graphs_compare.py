@@ -1,8 +1,13 @@
 """How what is played of a recorded module is compared with what the module computes."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
+from moe_accel.experts.later import Product
+from moe_accel.graphs import record
 from moe_accel.graphs.trial import TOLERANCE, Round, Trial, near
 from tests.unit.graph_chain import WRONG
 
@@ -65,3 +70,29 @@ ONES, TWICE, SOME = torch.ones(3), torch.full((3,), 2.0), torch.tensor([1.0, tor
 )
 def test_gradients_are_near(found, own, given, expected):
     assert near(found, own, given) is expected
+
+
+@pytest.mark.parametrize("of_graph", [None, 4.0])
+def test_gradients_that_backward_left_are_added_in_the_parameters_own_strides(of_graph):
+    weight = nn.Parameter(torch.ones(2, 3, 3))
+    recording: Any = record.Recording.__new__(record.Recording)
+    recording._sources = [nn.Parameter(torch.ones(1)), weight]
+    recording._found = [torch.zeros(1), None if of_graph is None else torch.full_like(weight, of_graph)]
+    left = torch.arange(18.0).view(2, 3, 3)
+    recording._later = [
+        Product(weight.detach(), torch.Tensor.clone, (left,)),
+        Product(weight.detach().transpose(1, 2), torch.Tensor.clone, (left,)),
+    ]
+    _, found = recording._found_later()
+    assert torch.equal(found, left + left.transpose(1, 2) + (of_graph or 0))
+
+
+@pytest.mark.parametrize(("dtype", "room"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)], ids=str)
+def test_outputs_computed_in_tensors_of_other_sizes_may_differ_by_rounding_of_the_largest(dtype, room):
+    own = torch.tensor([8.0, 0.25, torch.nan]).to(dtype)
+    for off_by, agrees in ((0.5, True), (2.0, False)):
+        found = own + torch.tensor([0.0, off_by * room * 8, 0.0]).to(dtype)
+        for exactly in (True, False):
+            trial = Trial(Round(), exactly)
+            trial.compare_outputs([found], [own])
+            assert (not trial.problem) is (agrees and not exactly)
