@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -25,6 +26,20 @@ def gather(value: Any, group: Any = None) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
+
+
+def group_of_hosts() -> Any:
+    """All ranks of the job, on gloo: what they say to each other there waits for no device. A collective call.
+
+    They wait for each other as long as in the job's own group, where torch tells.
+    """
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    timeout = None
+    with suppress(AttributeError, RuntimeError, TypeError):  # torch has no public way to ask
+        world: Any = dist.group.WORLD
+        timeout = world._get_backend(torch.device("cuda")).options._timeout
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def attempt_together(do: Callable[[], Any] | None, group: Any = None) -> str | None:

@@ -233,6 +233,8 @@ def _with_known_sizes(module: Any, settings: Settings, x: Tensor, choices: Tenso
     routing = sort_with_room(choices_r, module.num_experts // settings.ep_size)
     settings.ends = routing.ends
     y_r = _compute(module, settings, x_r, choices_r, weights_r, routing, lean=True)
+    for place in settings.joined.values():
+        place.is_recorded = True
     return dispatcher.combine(y_r, handle, 1 / scale).to(of_output)
 
 

@@ -32,6 +32,7 @@ class Joined:
         whole: [e,A+r,B+r], of any strides.
         shape: A, B.
         rank: r.
+        is_recorded: whether a CUDA graph writes here, too, whenever it is played: nobody knows what is here then.
     """
 
     def __init__(self, matrix: Tensor, rank: int):
@@ -45,6 +46,7 @@ class Joined:
         self.matrix.copy_(matrix)
         self._where = _where(self.matrix)
         self._held: Any = None
+        self.is_recorded = False
 
     @property
     def matrix(self) -> Tensor:
@@ -79,9 +81,9 @@ class Joined:
 
     def hold(self, source: Any) -> None:
         """Have the A and B of a `Source` beside the weights."""
-        if self._held is not source:
+        if self._held is not source or self.is_recorded:
             known = in_backward() and self._held is not None and self._held.is_same(source)
-            if not known:
+            if not known or self.is_recorded:
                 self._held = None
                 source.write(self.a, self.b)
             self._held = source

@@ -11,7 +11,8 @@ parameters are those that were recorded, where they were, and wanted gradients o
 mask, packed sequences of other lengths, dropout, a cache, checkpointing, evaluation, a second forward before the first
 one's backward. In the step in which it is recorded, and in the next one unless it was the last, it is played beside the
 module's own computation, which is used, and by itself from then on if both gave the same: all layers in one step, so
-that what one's graphs do to the memory of another is seen. A trial holds twice what is kept for backward.
+that what one's graphs do to the memory of another is seen; blocks with experts in the next one alone. A trial holds
+twice what is kept for backward.
 
 FSDP2 frees gathered parameters and gathers them anew: `keep_in_place` leaves those of recorded modules their memory.
 """
@@ -27,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from moe_accel import experts
 from moe_accel.dispatch import AllGather
 from moe_accel.graphs.agreement import MOST_TOKENS, Agreement
-from moe_accel.graphs.blocks import BlockGraphs, let_nccl_record, why_no_blocks
+from moe_accel.graphs.blocks import BlockGraphs, let_nccl_record, outlive_none, why_no_blocks
 from moe_accel.graphs.module import CALLS, LONG, OPEN, OTHER_CALLS, PASSED_BY, RECORDINGS, Graphed, Graphs
 from moe_accel.graphs.record import Recording
 from moe_accel.graphs.recorder import Recorder
@@ -108,18 +109,18 @@ def record_blocks(model: nn.Module, recorder: Recorder) -> list[Any]:
     let_nccl_record()
     agreement, blocks = Agreement(recorder), []
     for name, module in experts.find_experts(model):
-        block, parent = experts.block_of(model, name)
-        path = name[len(parent) + 1 if parent else 0 :]
+        block, _ = experts.block_of(model, name)
         settings = experts.settings_of(module)
         dispatcher: Any = settings.dispatcher
         if "forward" in vars(block) or any(isinstance(each, Graphed) for each in block.modules()):
             continue
         settings.of_known_sizes = AllGather(dispatcher.group, dispatcher.num_local_experts)
-        vars(block).setdefault("_moe_accel_graphs", BlockGraphs(agreement, path))
+        vars(block)["_moe_accel_graphs"] = BlockGraphs(agreement)
         become(block, Graphed)
         blocks.append(block)
     if blocks:
         model.register_forward_pre_hook(agreement.begin)
+        outlive_none(agreement)
     return blocks
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from moe_accel.graphs.calls import Given
 from moe_accel.graphs.module import CALLS, OTHER_CALLS
 from moe_accel.graphs.recorder import Recorder
+from moe_accel.ranks import group_of_hosts
 
 WAITING = 100
 """Forwards without three alike on all ranks, after which they stop to ask each other."""
@@ -77,6 +78,7 @@ class Agreement:
         self._all: weakref.WeakSet[Any] = weakref.WeakSet()
         self._kind: Any = None
         self._begins = True
+        self._tokens = -1
         self._calls = self._other_calls = self._waited = 0
 
     def __deepcopy__(self, memo: dict) -> "Agreement":
@@ -99,9 +101,12 @@ class Agreement:
         # The first one again: somebody calls a part of the model, without its hook.
         if self._begins or self._called[0]() is block:
             self._members, self._called, self._begins = self._called, [], False
+            self._tokens = _num_tokens(found)
             self.decision = self._decide(self._of_all_ranks(self._state(block, found)))
         elif any(each() is block for each in self._called):
             block.why_not = "called more than once in a forward"
+        elif found is not None and _num_tokens(found) != self._tokens >= 0:
+            block.why_not = "called with another number of tokens than the first block, which alone ranks compare"
         self._called.append(weakref.ref(block))
         return self.decision
 
@@ -117,9 +122,9 @@ class Agreement:
         is_busy = any(each.recording.is_pending for each in recorded)
         about_to_record = not recorded and self._calls > CALLS
         return State(
-            num_tokens=-1 if found is None else sum(each.shape[:-1].numel() for each in found.tensors[:1]),
+            num_tokens=self._tokens,
             calls=self._calls,
-            has_ended=recorder.has_failed or any(each.has_ended(about_to_record) for each in members),
+            has_ended=recorder.has_failed or any(each.has_ended(about_to_record) for each in self._all),
             may_record=recorder.may_record,
             recorded=bool(recorded),
             fits=own is not None and found is not None and own.kind == found.kind,
@@ -129,9 +134,9 @@ class Agreement:
         )
 
     def _of_all_ranks(self, state: State) -> list[State]:
-        if self._group is None:  # of hosts: devices go on meanwhile
-            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-        own = torch.tensor([int(each) for each in state])
+        if self._group is None:
+            self._group = group_of_hosts()
+        own = torch.tensor([int(each) for each in state], device="cpu")
         found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(found, own, group=self._group)
         return [State(*each.tolist()) for each in found]
@@ -146,22 +151,21 @@ class Agreement:
             return self._end("")
         if self._waited > WAITING:
             return self._end(_why_unusual(tokens))
+        if is_recorded:
+            return self._of_recorded(ranks, is_usual)
         if not is_usual:
             self._calls = 0
             return Decision.COMPUTE
-        if is_recorded:
-            return self._of_recorded(ranks)
         are_alike = min(each.calls for each in ranks) > CALLS
         return Decision.RECORD if are_alike and all(each.may_record for each in ranks) else Decision.COMPUTE
 
-    def _of_recorded(self, ranks: Sequence[State]) -> Decision:
-        if not all(each.fits for each in ranks):
+    def _of_recorded(self, ranks: Sequence[State], is_usual: bool) -> Decision:
+        fits = is_usual and all(each.fits and not each.is_busy for each in ranks)
+        if not fits:
             self._other_calls += 1
             is_for_good = self._other_calls > OTHER_CALLS or not all(each.recorded for each in ranks)
             return self._renew() if is_for_good else Decision.COMPUTE
         self._other_calls = 0
-        if any(each.is_busy for each in ranks):
-            return Decision.COMPUTE
         if any(each.is_stale for each in ranks):
             return self._renew()
         return Decision.TRY if any(each.is_due for each in ranks) else Decision.PLAY
@@ -172,11 +176,24 @@ class Agreement:
         self._calls = self._other_calls = 0
         for each in self._all:
             each.drop()
+        self.recorder.let_go()
         return Decision.COMPUTE
+
+    def end(self) -> None:
+        """Play nothing any more, and destroy what is recorded."""
+        self.why_ended = self.why_ended or ""
+        for each in self._all:
+            each.drop()
+        self.recorder.reset()
 
     def _end(self, why: str) -> Decision:
         self.why_ended = why
         return Decision.COMPUTE
+
+
+def _num_tokens(found: Given | None) -> int:
+    """Of a block's call; -1 where it cannot be recorded."""
+    return -1 if found is None else sum(each.shape[:-1].numel() for each in found.tensors[:1])
 
 
 def _why_unusual(tokens: Sequence[int]) -> str:

@@ -10,12 +10,16 @@ It takes the GPU longer, since what is kept of an expert's first projection othe
 and spares the host some hundred launches and one wait a layer: for few tokens a GPU.
 """
 
+import atexit
+import functools
 import os
 import socket
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from moe_accel import experts
@@ -24,6 +28,7 @@ from moe_accel.graphs.agreement import Agreement, Decision
 from moe_accel.graphs.calls import Given, Unusual, Watched, given
 from moe_accel.graphs.module import RECORDINGS, Graphs, check_surroundings
 from moe_accel.graphs.record import Recording
+from moe_accel.hooks import wrap
 from moe_accel.ranks import gather
 
 MOST_RANKS = 8
@@ -62,27 +67,61 @@ def let_nccl_record() -> None:
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
 
 
+_agreements: weakref.WeakSet[Agreement] = weakref.WeakSet()
+
+
+def outlive_none(agreement: Agreement) -> None:
+    """Have the graphs of these blocks destroyed before NCCL's communicators, which would wait for it for ever.
+
+    See pytorch#115388.
+    """
+    _agreements.add(agreement)
+    wrap(dist, "destroy_process_group", _destroying_graphs_first)
+    _destroy_graphs_at_exit()
+
+
+@functools.cache
+def _destroy_graphs_at_exit() -> None:
+    atexit.register(destroy_graphs)
+
+
+def destroy_graphs() -> None:
+    """Of all blocks: none is played any more."""
+    for agreement in list(_agreements):
+        agreement.end()
+
+
+def _destroying_graphs_first(original: Callable) -> Callable:
+    """Around `torch.distributed.destroy_process_group`."""
+
+    def destroy_process_group(group: Any = None) -> None:
+        if group is None or group is dist.group.WORLD:
+            destroy_graphs()
+        original(group)
+
+    return destroy_process_group
+
+
 class BlockGraphs(Graphs):
     """Of one block: what is recorded, which all ranks play together.
 
     Attributes:
         agreement: of the model's blocks.
-        path: name of the experts in the block.
         why_not: why it cannot be recorded as it is; empty: it can.
     """
 
-    def __init__(self, agreement: Agreement, path: str):
+    def __init__(self, agreement: Agreement):
         super().__init__(agreement.recorder)
-        self.agreement, self.path, self.why_not = agreement, path, ""
+        self.agreement, self.why_not = agreement, ""
         agreement.add(self)
 
     def __deepcopy__(self, memo: dict) -> "BlockGraphs":
         agreement = memo.get(id(self.agreement)) or self.agreement.__deepcopy__(memo)
-        copied = memo[id(self)] = BlockGraphs(agreement, self.path)
+        copied = memo[id(self)] = BlockGraphs(agreement)
         return copied
 
     def __reduce__(self) -> tuple:
-        return BlockGraphs, (self.agreement, self.path)
+        return BlockGraphs, (self.agreement,)
 
     def has_ended(self, about_to_record: bool) -> bool:
         """Whether it must not be played any more, or cannot be recorded."""
@@ -99,10 +138,7 @@ class BlockGraphs(Graphs):
         super().drop()
         module = self.owner and self.owner()
         if module is not None:
-            self._settings(module).ends = None
-
-    def _settings(self, module: nn.Module) -> Any:
-        return experts.settings_of(module.get_submodule(self.path))
+            _settings(module).ends = None
 
     def is_as_recorded(self) -> bool:
         """Whether what is recorded is of this era and of the module as it is."""
@@ -152,7 +188,7 @@ class BlockGraphs(Graphs):
             )
         if decision is Decision.PLAY:
             output = recording.play(found.tensors, own)
-            experts.count_again(self._settings(module))
+            experts.count_again(_settings(module))
             return output
         self.tell_if_open(module, recording)
         return recording.play(found.tensors, own, tries=True)
@@ -168,18 +204,25 @@ class BlockGraphs(Graphs):
             why = self.agreement.why_ended or "what a block, or another rank, says"
             self._tell(module, f"computed without a CUDA graph, because of {why}")
         self._let_go()
+        self.recorder.let_go()
 
     def _record_now(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
-        """Record this call, as all ranks do: each computes it twice more with them."""
+        """Record this call, as all ranks do: each computes it once more with them, before."""
         self.recorded += 1
         try:
             self.recording = Recording(
                 self.recorder, Watched(module), own, args, kwargs, found, around=experts.known_sizes
             )
-        except torch.OutOfMemoryError:
-            raise  # of this rank: the others would wait for it
+        except torch.OutOfMemoryError as error:  # of this rank: the others would wait for it
+            hint = "moe_config: {cuda_graphs: attention} needs no room for all pairs of tokens and experts"
+            raise torch.OutOfMemoryError(f"{error}\nhint: {hint}") from error
         except (RuntimeError, Unusual) as error:  # of all ranks, as they compute the same
             self._refuse(module, str(error).strip().partition("\n")[0])
+
+
+def _settings(block: nn.Module) -> Any:
+    """Of the experts in a block."""
+    return next(experts.settings_of(each) for each in block.modules() if hasattr(each, "_moe_accel"))
 
 
 def _trains(module: nn.Module, given: Sequence[Any]) -> bool:

@@ -94,6 +94,18 @@ class Recorder:
         waiting = [each for each in (each() for each in self._waiting) if each is not None and each.is_pending]
         return not any(each.is_alone for each in waiting)
 
+    def let_go(self) -> None:
+        """Of graphs that nobody has any more, all at once, unless a backward may still play one of them."""
+        if not any(each is not None and each.is_pending for each in (each() for each in self._waiting)):
+            self._graphs.clear()
+            self._gradients.clear()
+
+    def reset(self) -> None:
+        """Destroy all graphs, whoever has them, so that nothing can be played any more."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+
     def played_forward(self, recording: Any) -> None:
         """Its backward may come now."""
         self._waiting.append(weakref.ref(recording))

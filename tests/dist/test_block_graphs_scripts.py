@@ -15,6 +15,7 @@ from tests.dist.block_graphs import (
     both,
     prepared,
     seen,
+    step_of,
     trained,
 )
 from tests.dist.parity import UPDATE_TOLERANCE
@@ -133,3 +134,38 @@ def test_more_tokens_than_pay_are_left_to_attention():
         why = "18 tokens on each rank: some, and 17 at most"
         assert each["said"] == [f"Qwen3MoeSparseMoeBlock is computed without a CUDA graph, because of {why}"]
         assert each["attention"] == agreement.WAITING + 2 - CALLS
+
+
+def soon(model, number):
+    agreement.OTHER_CALLS, agreement.WAITING = 3, 4
+
+
+def uneven_from_six_on(number, rank):
+    return 2 if number < 6 else 2 + rank
+
+
+def test_what_is_recorded_and_never_called_alike_again_is_let_go_of_with_a_word():
+    ours = both(17, family="qwen3_moe", before=soon, rows=uneven_from_six_on)
+    assert ours[0]["decided"] == [*BEGUN, PLAYED, PLAYED, *[PLAIN] * 4, *[PLAIN] * 5]
+    why = "other numbers of tokens on other ranks, 18 to 27 in one step"
+    for each in ours:
+        assert each["said"] == [f"Qwen3MoeSparseMoeBlock is computed without a CUDA graph, because of {why}"]
+
+
+def destroyed():
+    """Training, and the end of the process group: whether blocks had ended before, and have nothing left after."""
+    with seen() as found:
+        model, optimizer = prepared()
+        for number in range(6):
+            step_of(model, optimizer, number)
+        graphs = [vars(each.mlp)["_moe_accel_graphs"] for each in model.model.layers]
+        before = [(each.agreement.why_ended, each.recording is None) for each in graphs]
+        dist.destroy_process_group()
+    return {"before": before, "after": [(each.agreement.why_ended, each.recording is None) for each in graphs], **found}
+
+
+def test_graphs_are_destroyed_before_the_process_group():
+    for each in run_ranks(destroyed, 2, GRAPHS):
+        assert each["decided"][-1] == PLAYED
+        assert each["before"] == [(None, False)] * 2
+        assert each["after"] == [("", True)] * 2

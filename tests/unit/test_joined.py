@@ -230,3 +230,25 @@ def test_recompute_ends_before_the_second_projection(family, monkeypatch):
     loss.backward()
     # recompute: the first projection; backward: the transposed of both, and the sum of x's gradient
     assert counts == {"forward": 5 * num_layers, "sums": 2 * num_layers}
+
+
+class Written:
+    """A source of adapters that counts how often it writes."""
+
+    def __init__(self):
+        self.times = 0
+
+    def write(self, a, b):
+        self.times += 1
+
+    def is_same(self, other):
+        return self is other
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_where_a_graph_writes_too_nobody_relies_on_what_was_written(is_recorded):
+    place, one, other = Joined(torch.ones(2, 8, 16), 8), Written(), Written()
+    place.is_recorded = is_recorded
+    for source in (one, one, other, one):
+        place.hold(source)
+    assert (one.times, other.times) == ((3, 1) if is_recorded else (2, 1))
