@@ -89,8 +89,8 @@ class MoEOptions:
         for name, words in (("async_save", ()), ("cuda_graphs", ("attention",))):
             value = getattr(self, name)
             if not isinstance(value, bool) and value not in words:
-                either = ", ".join(["true", "false", *words][:-1]) + f" or {['true', 'false', *words][-1]}"
-                found.append(f"{name}={value!r} must be {either}{_did_you_mean(value, words)}")
+                *first, last = "true", "false", *words
+                found.append(f"{name}={value!r} must be {', '.join(first)} or {last}{_did_you_mean(value, words)}")
         return found + list(self._problems_of_parts())
 
     def _problems_of_parts(self) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """What the ranks of a job say to each other, and to people."""
 
+import atexit
+import functools
 import itertools
 import json
 import os
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from moe_accel.errors import CheckpointError
+from moe_accel.hooks import wrap
 
 PATIENCE_S = 600.0
 """How long ranks look out for each other before they wait as torch does, until its timeout."""
@@ -40,6 +43,37 @@ def group_of_hosts() -> Any:
         world: Any = dist.group.WORLD
         timeout = world._get_backend(torch.device("cuda")).options._timeout
     return dist.new_group(backend="gloo", timeout=timeout)
+
+
+def before_groups_end(action: Callable[[Any], None]) -> None:
+    """Have `action(group)` called before torch destroys a process group, None for all of them; and at exit."""
+    if action not in _endings:
+        _endings.append(action)
+    wrap(dist, "destroy_process_group", _ending_first)
+    _end_at_exit()
+
+
+_endings: list[Callable[[Any], None]] = []
+
+
+def _ending_first(original: Callable) -> Callable:
+    """Around `torch.distributed.destroy_process_group`."""
+
+    def destroy_process_group(group: Any = None) -> None:
+        _end(None if group is dist.group.WORLD else group)
+        original(group)
+
+    return destroy_process_group
+
+
+@functools.cache
+def _end_at_exit() -> None:
+    atexit.register(_end)
+
+
+def _end(group: Any = None) -> None:
+    for action in _endings:
+        action(group)
 
 
 def attempt_together(do: Callable[[], Any] | None, group: Any = None) -> str | None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_accel.dispatch.halves import scaled, travel
+from moe_accel.dispatch.halves import Exchange, scaled, travel
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
 
@@ -80,7 +80,7 @@ class _Transfer:
 
     def __init__(self, transport: AllGather, choices: Tensor, handle: AllGatherHandle | None):
         self.transport, self.choices, self.known = transport, choices, handle
-        self.under_way: list[_Exchange | None] = []
+        self.under_way: list[Exchange | None] = []
         self.top_k, self.weights_dtype = choices.shape[1], torch.float32
 
     @property
@@ -111,7 +111,8 @@ class _Transfer:
         self.under_way = [_going_home(each, self.transport) if needed else None for each, needed in both]
 
     def arrive_back(self) -> tuple[Tensor | None, Tensor | None]:
-        x_grad, weights_grad = (each and _sum_of_ranks(each.arrived(), self.transport) for each in self.under_way)
+        num_ranks = self.transport.num_ranks
+        x_grad, weights_grad = (each and _sum(each.arrived(), num_ranks) for each in self.under_way)
         self.under_way = []
         return x_grad, weights_grad
 
@@ -135,34 +136,18 @@ class _Combine(torch.autograd.Function):
         return rows, None, None, None, None
 
 
-class _Exchange:
-    """Rows under way by the transport's own stream, both sides kept alive."""
-
-    def __init__(self, work: Any, received: Tensor, sent: Tensor):
-        self._work, self._received, self._sent = work, received, sent
-
-    def arrived(self) -> Tensor:
-        """The rows, once the current stream waits for them."""
-        self._work.wait()
-        return self._received
-
-
-def _gathering(rows: Tensor, transport: AllGather) -> _Exchange:
+def _gathering(rows: Tensor, transport: AllGather) -> Exchange:
     """[N,C] on the way to all ranks: [R,C]."""
     rows = rows.contiguous()
     received = rows.new_empty(transport.num_ranks * len(rows), rows.shape[1])
-    return _Exchange(_all_gather(received, rows, group=transport.group, async_op=True), received, rows)
+    return Exchange(_all_gather(received, rows, group=transport.group, async_op=True), received, rows)
 
 
-def _going_home(rows: Tensor, transport: AllGather) -> _Exchange:
+def _going_home(rows: Tensor, transport: AllGather) -> Exchange:
     """[R,C] on the way to where each came from: [R,C], N from each rank."""
     rows = rows.contiguous()
     received = torch.empty_like(rows)
-    return _Exchange(dist.all_to_all_single(received, rows, group=transport.group, async_op=True), received, rows)
-
-
-def _sum_of_ranks(rows: Tensor, transport: AllGather) -> Tensor:
-    return _sum(rows, transport.num_ranks)
+    return Exchange(dist.all_to_all_single(received, rows, group=transport.group, async_op=True), received, rows)
 
 
 def _sum(rows: Tensor, num_ranks: int) -> Tensor:

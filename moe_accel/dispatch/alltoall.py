@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_accel.dispatch.halves import scaled, travel
+from moe_accel.dispatch.halves import Exchange, scaled, travel
 from moe_accel.dispatch.message import Layout, pack, pack_gradients, unpack
 from moe_accel.dispatch.plan import count, cut, order
 from moe_accel.kernels.rows import RowMap, gather, sum_copies
@@ -116,7 +116,7 @@ class _Transfer:
     def __init__(self, transport: AllToAll, plan: Plan, choices: Tensor, handle: AllToAllHandle | None):
         self.group, self.num_local_experts, self.plan = transport.group, transport.num_local_experts, plan
         self.choices, self.known = choices, handle
-        self.under_way: tuple[Any, Tensor, Tensor] | None = None
+        self.under_way: Exchange | None = None
         self.layout: Layout | None = None
 
     @property
@@ -156,7 +156,7 @@ class _Transfer:
     def _arrived(self) -> Tensor:
         assert self.under_way is not None
         under_way, self.under_way = self.under_way, None
-        return _finish(*under_way)
+        return under_way.arrived()
 
 
 class _Combine(torch.autograd.Function):
@@ -182,13 +182,7 @@ def _exchange(rows: Tensor, send: list[int], receive: list[int], group: Any) -> 
     return received
 
 
-def _start(rows: Tensor, send: list[int], receive: list[int], group: Any) -> tuple[Any, Tensor, Tensor]:
-    """Send rows [S,C] by NCCL's stream, while the current one goes on: what `_finish` wants."""
+def _start(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Exchange:
+    """Send rows [S,C] by NCCL's stream, while the current one goes on."""
     rows, received = rows.contiguous(), rows.new_empty(sum(receive), rows.shape[1])
-    return dist.all_to_all_single(received, rows, receive, send, group=group, async_op=True), received, rows
-
-
-def _finish(work: Any, received: Tensor, rows: Tensor) -> Tensor:
-    """Let the current stream wait for the rows received."""
-    work.wait()
-    return received
+    return Exchange(dist.all_to_all_single(received, rows, receive, send, group=group, async_op=True), received, rows)

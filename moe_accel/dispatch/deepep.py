@@ -14,7 +14,6 @@ Read in their sources, 1.2.1 and 2.1.0:
 Sizes: N tokens of this rank, R rows received, H hidden, K top-k, E experts of the group, e experts of this rank.
 """
 
-import atexit
 import functools
 import importlib
 import importlib.util
@@ -32,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from moe_accel.dispatch.buffers import Buffer, Elastic
 from moe_accel.dispatch.halves import scaled, travel
 from moe_accel.errors import ConfigError
-from moe_accel.hooks import wrap
+from moe_accel.ranks import before_groups_end
 
 ENV_VAR = "MOE_ACCEL_DEEPEP"
 KINDS = {"buffer": "Buffer", "elastic": "ElasticBuffer"}
@@ -222,8 +221,7 @@ _open: dict[Any, Buffer | Elastic] = {}
 
 
 def _buffers(group: dist.ProcessGroup, kind: str) -> Any:
-    wrap(dist, "destroy_process_group", _closing_first)
-    _close_at_exit()
+    before_groups_end(_close_unless_failing)
     if (group, kind) not in _open:
         _open[group, kind] = (Buffer if kind == "buffer" else Elastic)(group, _package())
     return _open[group, kind]
@@ -234,21 +232,6 @@ def close(group: Any = None) -> None:
     for (of_group, _), buffers in _open.items():
         if group is None or of_group is group:
             buffers.close()
-
-
-def _closing_first(original: Callable) -> Callable:
-    """Around `torch.distributed.destroy_process_group`."""
-
-    def destroy_process_group(group: Any = None) -> None:
-        _close_unless_failing(None if group is dist.group.WORLD else group)
-        original(group)
-
-    return destroy_process_group
-
-
-@functools.cache
-def _close_at_exit() -> None:
-    atexit.register(_close_unless_failing)
 
 
 def _close_unless_failing(group: Any = None) -> None:

@@ -45,6 +45,18 @@ class Transfer(Protocol):
         ...
 
 
+class Exchange:
+    """Rows under way by the process group's own stream, both sides kept alive."""
+
+    def __init__(self, work: Any, received: Tensor, sent: Tensor):
+        self._work, self._received, self._sent = work, received, sent
+
+    def arrived(self) -> Tensor:
+        """The rows received, for which the current stream waits."""
+        self._work.wait()
+        return self._received
+
+
 def travel(
     x: Tensor, weights: Tensor, transfer: Transfer, beside: Callable[[], Any] | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:

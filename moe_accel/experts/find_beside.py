@@ -63,7 +63,7 @@ def compute_beside(experts: list[tuple[str, Any]], model: nn.Module) -> list[str
     """
     blocks: dict[nn.Module, list[tuple[str, Any]]] = {}
     for name, module in experts:
-        block, child = _block_and_child(model, name)
+        block, child = block_of(model, name)
         blocks.setdefault(block, []).append((child, module))
     proven: dict[Any, Found | str | None] = {}
     said: Counter[Found | str | None] = Counter()
@@ -241,17 +241,12 @@ def _modes_kept(block: Any) -> Iterator[None]:
             module.training = training
 
 
-def _block_and_child(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The block that an experts module is in, and the name of its child in which they are."""
-    block, parent = block_of(model, name)
-    return block, name[len(parent) + 1 if parent else 0 :].partition(".")[0]
-
-
 def block_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The block that an experts module is in, PEFT's wrappers left out, and its name."""
-    parent = name.rpartition(".")[0]
+    """The block that an experts module is in, PEFT's wrappers left out, and the name of the experts there."""
+    child = name
     while True:
+        parent, _, last = child.rpartition(".")
         block = model.get_submodule(parent)
         if not (type(block).__module__.startswith("peft.") or isinstance(block, nn.ModuleDict)):
-            return block, parent
-        parent = parent.rpartition(".")[0]
+            return block, last
+        child = parent

@@ -10,8 +10,6 @@ It takes the GPU longer, since what is kept of an expert's first projection othe
 and spares the host some hundred launches and one wait a layer: for few tokens a GPU.
 """
 
-import atexit
-import functools
 import os
 import socket
 import weakref
@@ -19,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from moe_accel import experts
@@ -28,8 +25,7 @@ from moe_accel.graphs.agreement import Agreement, Decision
 from moe_accel.graphs.calls import Given, Unusual, Watched, given
 from moe_accel.graphs.module import RECORDINGS, Graphs, check_surroundings
 from moe_accel.graphs.record import Recording
-from moe_accel.hooks import wrap
-from moe_accel.ranks import gather
+from moe_accel.ranks import before_groups_end, gather
 
 MOST_RANKS = 8
 """To more, an all-gather sends several times what all-to-all does."""
@@ -76,30 +72,13 @@ def outlive_none(agreement: Agreement) -> None:
     See pytorch#115388.
     """
     _agreements.add(agreement)
-    wrap(dist, "destroy_process_group", _destroying_graphs_first)
-    _destroy_graphs_at_exit()
+    before_groups_end(_destroy_graphs)
 
 
-@functools.cache
-def _destroy_graphs_at_exit() -> None:
-    atexit.register(destroy_graphs)
-
-
-def destroy_graphs() -> None:
-    """Of all blocks: none is played any more."""
-    for agreement in list(_agreements):
+def _destroy_graphs(group: Any) -> None:
+    """Of all blocks, where all groups go: none is played any more."""
+    for agreement in list(_agreements) if group is None else ():
         agreement.end()
-
-
-def _destroying_graphs_first(original: Callable) -> Callable:
-    """Around `torch.distributed.destroy_process_group`."""
-
-    def destroy_process_group(group: Any = None) -> None:
-        if group is None or group is dist.group.WORLD:
-            destroy_graphs()
-        original(group)
-
-    return destroy_process_group
 
 
 class BlockGraphs(Graphs):
