@@ -38,11 +38,31 @@ def group_of_hosts() -> Any:
     """
     if dist.get_backend() == "gloo":
         return dist.group.WORLD
-    timeout = None
-    with suppress(AttributeError, RuntimeError, TypeError):  # torch has no public way to ask
-        world: Any = dist.group.WORLD
-        timeout = world._get_backend(torch.device("cuda")).options._timeout
-    return dist.new_group(backend="gloo", timeout=timeout)
+    options = _options_of(dist.group.WORLD)
+    return dist.new_group(backend="gloo", timeout=options and options._timeout)
+
+
+def urgent(group: Any) -> Any:
+    """The ranks of a group over NCCL, whose kernels come before others that wait for multiprocessors of the GPU: what
+    is computed while they exchange something would hold them up. The group itself where it is not NCCL's.
+
+    A collective call of the group.
+    """
+    options = _options_of(group)
+    if not dist.is_nccl_available() or not isinstance(options, dist.ProcessGroupNCCL.Options):
+        return group
+    of_urgent, timeout = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True), options._timeout
+    of_urgent._timeout = timeout
+    members = dist.get_process_group_ranks(group)
+    how: Any = {"backend": "nccl", "pg_options": of_urgent, "use_local_synchronization": True}
+    return dist.new_group(members, timeout=timeout, **how)
+
+
+def _options_of(group: Any) -> Any:
+    """Of its backend for GPUs; None where torch does not tell, which has no public way to ask."""
+    with suppress(AttributeError, RuntimeError, TypeError):
+        return group._get_backend(torch.device("cuda")).options
+    return None
 
 
 def before_groups_end(action: Callable[[Any], None]) -> None:

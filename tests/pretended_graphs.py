@@ -30,6 +30,12 @@ class Pretended(Recorder):
     def refusing_to_wait(self):
         return nullcontext()
 
+    def mark(self):
+        return None
+
+    def compute_beside(self, products):
+        return [each.compute(*each.operands) for each in products]
+
     def borrow(self, tensor):
         return tensor
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_accel.dispatch.allgather import AllGather, AllGatherHandle
 from moe_accel.dispatch.alltoall import AllToAll, AllToAllHandle
 from moe_accel.dispatch.deepep import DeepEP, DeepEPHandle
+from moe_accel.dispatch.halves import Arrival
 
 
 class Handle(Protocol):
@@ -81,6 +82,7 @@ __all__ = [
     "AllGatherHandle",
     "AllToAll",
     "AllToAllHandle",
+    "Arrival",
     "DeepEP",
     "DeepEPHandle",
     "Dispatcher",

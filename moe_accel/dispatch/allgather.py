@@ -8,6 +8,9 @@ must have the same number of tokens, and each must make the same calls.
     forward     x, weights and choices are gathered      rows summed over this rank's experts go home, are added there
     backward    gradients of sums are gathered           gradients of rows go home, are added there
 
+What is needed later than it could be there is handed on under way (`halves.Arrival`): x, until its rows are sorted by
+their choices, and gradients of sums, until the first projection is computed once more.
+
 Sizes: N tokens of this rank, G ranks, R = G * N rows, H hidden, K top-k, e experts of each rank.
 """
 
@@ -20,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_accel.dispatch.halves import Exchange, scaled, travel
+from moe_accel.dispatch.halves import Arrival, Exchange, scaled, travel
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
 
@@ -55,15 +58,23 @@ class AllGather:
         handle: AllGatherHandle | None = None,
         beside: Callable[[], Any] | None = None,
         scale: float = 1.0,
+        arrival: Arrival | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, AllGatherHandle]:
-        """See `Dispatcher.dispatch`."""
-        transfer = _Transfer(self, choices, handle)
+        """See `Dispatcher.dispatch`. With an `arrival`, x is under way until the caller waits for that."""
+        transfer = _Transfer(self, choices, handle, arrival)
         x_r, weights_r = travel(x, weights, transfer, beside, scale)
         return x_r, transfer.handle.choices, weights_r, transfer.handle
 
-    def combine(self, y: Tensor, handle: AllGatherHandle, scale: float = 1.0, keep: Any = None) -> Tensor:
-        """See `Dispatcher.combine`."""
-        combined: Any = _Combine.apply(y, self.group, self.num_ranks, scale, keep)
+    def combine(
+        self,
+        y: Tensor,
+        handle: AllGatherHandle,
+        scale: float = 1.0,
+        keep: Any = None,
+        arrival: Arrival | None = None,
+    ) -> Tensor:
+        """See `Dispatcher.combine`. Where an `arrival` is awaited, the gradient of y is under way until then."""
+        combined: Any = _Combine.apply(y, self, scale, keep, arrival)
         return combined
 
     def local(self, choices: Tensor) -> Tensor:
@@ -78,8 +89,8 @@ class _Transfer:
 
     needs: tuple[bool, bool] = False, False
 
-    def __init__(self, transport: AllGather, choices: Tensor, handle: AllGatherHandle | None):
-        self.transport, self.choices, self.known = transport, choices, handle
+    def __init__(self, transport: AllGather, choices: Tensor, handle: AllGatherHandle | None, arrival: Arrival | None):
+        self.transport, self.choices, self.known, self.arrival = transport, choices, handle, arrival
         self.under_way: list[Exchange | None] = []
         self.top_k, self.weights_dtype = choices.shape[1], torch.float32
 
@@ -98,13 +109,18 @@ class _Transfer:
         self.under_way = [_gathering(torch.cat(parts, 1), self.transport), _gathering(x, self.transport)]
 
     def arrive(self) -> tuple[Tensor, Tensor]:
-        small, x = (each and each.arrived() for each in self.under_way)
+        of_choices, of_x = self.under_way
         self.under_way = []
-        assert small is not None
-        assert x is not None
+        assert of_choices is not None
+        assert of_x is not None
+        small = of_choices.arrived()
         if self.known is None:
             self.known = AllGatherHandle(self.transport.local(small[:, self.top_k :]))
-        return x, small[:, : self.top_k].to(self.weights_dtype)
+        if self.arrival is None:
+            of_x.arrived()
+        else:
+            self.arrival.expect(of_x)
+        return of_x.received, small[:, : self.top_k].to(self.weights_dtype)
 
     def launch_back(self, x_grad: Tensor, weights_grad: Tensor) -> None:
         both = zip((x_grad, weights_grad), self.needs, strict=True)
@@ -121,19 +137,19 @@ class _Combine(torch.autograd.Function):
     """Rows back to where they came from, and their sum by token: [R,H] to [N,H]; the gradient goes the other way."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, group: Any, num_ranks: int, scale: float, keep: Any) -> Tensor:
-        ctx.group, ctx.num_ranks, ctx.scale, ctx.keep = group, num_ranks, scale, keep
-        received, y = torch.empty_like(y, memory_format=torch.contiguous_format), y.contiguous()
-        dist.all_to_all_single(received, y, group=group)
-        return _sum(received, num_ranks)
+    def forward(ctx: Any, y: Tensor, transport: AllGather, scale: float, keep: Any, arrival: Arrival | None) -> Tensor:
+        ctx.transport, ctx.scale, ctx.keep, ctx.arrival = transport, scale, keep, arrival
+        return _sum(_going_home(y, transport).arrived(), transport.num_ranks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        own = scaled(gradients[0], ctx.scale).contiguous()
-        rows = own.new_empty(ctx.num_ranks * len(own), own.shape[1])
-        _all_gather(rows, own, group=ctx.group)
-        return rows, None, None, None, None
+        exchange = _gathering(scaled(gradients[0], ctx.scale), ctx.transport)
+        if ctx.arrival is None or not ctx.arrival.is_awaited:
+            exchange.arrived()
+        else:
+            ctx.arrival.expect(exchange)
+        return exchange.received, None, None, None, None
 
 
 def _gathering(rows: Tensor, transport: AllGather) -> Exchange:

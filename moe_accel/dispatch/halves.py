@@ -46,15 +46,40 @@ class Transfer(Protocol):
 
 
 class Exchange:
-    """Rows under way by the process group's own stream, both sides kept alive."""
+    """Rows under way by the process group's own stream, both sides kept alive.
+
+    Attributes:
+        received: where they go.
+    """
 
     def __init__(self, work: Any, received: Tensor, sent: Tensor):
-        self._work, self._received, self._sent = work, received, sent
+        self._work, self.received, self._sent = work, received, sent
 
     def arrived(self) -> Tensor:
         """The rows received, for which the current stream waits."""
         self._work.wait()
-        return self._received
+        return self.received
+
+
+class Arrival:
+    """Rows that are handed on while they are still under way, for whoever has something to compute without them first.
+
+    Attributes:
+        is_awaited: whether somebody has said that they will be waited for, so that they may be handed on.
+    """
+
+    def __init__(self) -> None:
+        self.is_awaited, self._exchange = False, None
+
+    def expect(self, exchange: Exchange) -> None:
+        """These are under way."""
+        self._exchange = exchange
+
+    def wait(self) -> None:
+        """Let the current stream wait for what is under way."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.arrived()
 
 
 def travel(

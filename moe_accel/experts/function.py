@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_accel.backward import in_backward
-from moe_accel.dispatch import Dispatcher
+from moe_accel.dispatch import Arrival, Dispatcher
 from moe_accel.experts.adapters import active_ranks, factors
 from moe_accel.experts.beside import Beside
 from moe_accel.experts.fused import fused_experts
@@ -226,16 +226,18 @@ def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor
 
 def _with_known_sizes(module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
     """The same without a wait for the device, and lean: what there is room for is not kept for backward."""
-    dispatcher: Any = settings.of_known_sizes
+    dispatcher: Any = settings.of_known_sizes  # an `AllGather`
     of_output, x = x.dtype, x if settings.dtype is None else x.to(settings.dtype)
     beside, scale = settings.beside and settings.beside.work(), float(settings.ep_size)
-    x_r, choices_r, weights_r, handle = dispatcher.dispatch(x, choices, weights, None, beside, scale)
+    there, back = Arrival(), Arrival()
+    x_r, choices_r, weights_r, handle = dispatcher.dispatch(x, choices, weights, None, beside, scale, there)
     routing = sort_with_room(choices_r, module.num_experts // settings.ep_size)
     settings.ends = routing.ends
-    y_r = _compute(module, settings, x_r, choices_r, weights_r, routing, lean=True)
+    there.wait()
+    y_r = _compute(module, settings, x_r, choices_r, weights_r, routing, True, back)
     for place in settings.joined.values():
         place.is_recorded = True
-    return dispatcher.combine(y_r, handle, 1 / scale).to(of_output)
+    return dispatcher.combine(y_r, handle, 1 / scale, arrival=back).to(of_output)
 
 
 def _compute(
@@ -246,6 +248,7 @@ def _compute(
     weights: Tensor,
     routing: LocalRouting | None,
     lean: bool = False,
+    arrival: Arrival | None = None,
 ) -> Tensor:
     norm_scale = float(settings.ep_size)
     if settings.apart and torch.is_grad_enabled():
@@ -262,7 +265,7 @@ def _compute(
     if settings.kernels == "te":
         with_te: Any = _with_te
         return with_te(settings, choices.shape[1], *how)
-    return fused_experts(*how, dtype=settings.dtype)
+    return fused_experts(*how, dtype=settings.dtype, arrival=arrival)
 
 
 @torch.compiler.disable  # sizes of groups on the host: a compiled graph would be made anew for every batch

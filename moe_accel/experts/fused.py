@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_accel.dispatch import Arrival
 from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gated import gated_experts, sum_of_experts, why_not_gated
 from moe_accel.experts.gates import find_gate
@@ -33,18 +34,20 @@ def fused_experts(
     lean: bool = False,
     gemm: GroupedGemm = TORCH,
     dtype: torch.dtype | None = None,
+    arrival: Arrival | None = None,
 ) -> Tensor:
     """Weighted sum of each row's experts: x [R,H], weights [R,K] -> [R,H] in the dtype of x.
 
     `norm_scale`: see `weights.post_norm`. `adapters`: of the two projections, see `adapters.factors`. `lean`: keep less
     for backward, where `gated.py` can. `gemm`: who multiplies, and in `gated.py` brings rows. `dtype`: of the products;
-    None: as they come.
+    None: as they come. `arrival`: of the gradient, awaited by `gated.py`.
     """
     (up, up_bias), (down, down_bias) = up_weight(module), down_weight(module)
     weight_p = pick(weights, routing)
     if why_not_gated(module) is None:
         gate = find_gate(module) if module.has_gate else None
-        return gated_experts(x, up, down, weight_p, routing, *adapters, gate, (up_bias, down_bias), lean, gemm, dtype)
+        biases = up_bias, down_bias
+        return gated_experts(x, up, down, weight_p, routing, *adapters, gate, biases, lean, gemm, dtype, arrival)
     of_output = x.dtype
     if dtype is not None:
         x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.activations import ReLUSquaredActivation
 
+from moe_accel.dispatch import Arrival
 from moe_accel.experts import later
 from moe_accel.experts.adapters import Factors
 from moe_accel.experts.gates import find_gate
@@ -81,6 +82,7 @@ def gated_experts(
     lean: bool = False,
     gemm: GroupedGemm = TORCH,
     dtype: torch.dtype | None = None,
+    arrival: Arrival | None = None,
 ) -> Tensor:
     """Weighted sum of each row's experts.
 
@@ -97,15 +99,18 @@ def gated_experts(
         lean: compute the first projection again in backward rather than keep its output.
         gemm: who multiplies, and brings rows to experts and back.
         dtype: of the products; None: as autocast says, else that of x.
+        arrival: of the gradient in backward, which computes the first projection while that is under way.
 
     Returns:
         [R,H] in the dtype of x, differentiable once in x, up, down, weight_p, the factors and the biases.
     """
     x_ = x.to(dtype or autocast_dtype(x.device) or x.dtype)
+    if arrival is not None:
+        arrival.is_awaited = lean and x_.dtype == x.dtype  # else the gradient is cast before it comes here
     plain = all(each is None for each in (up_factors, down_factors, *biases)) and gate == SWIGLU and gemm is TORCH
     if plain and gathers(x_, up, down, len(weight_p) if routing.rows.stop is None else None):
         with without_autocast(x.device):
-            return gathered_experts(x_, up, down, weight_p, routing, lean).to(x.dtype)
+            return gathered_experts(x_, up, down, weight_p, routing, lean, arrival).to(x.dtype)
     pairs, joined = [], []
     for given in (up_factors, down_factors):
         a, b, place, source = given or (None, None, None, None)
@@ -115,7 +120,7 @@ def gated_experts(
     with without_autocast(x.device):
         inner: Any = _Inner.apply
         a, down_low, carrier = inner(
-            x_, up, down, weight_p, *pairs[0], *pairs[1], *biases, *places, tuple(joined), gate, lean, gemm
+            x_, up, down, weight_p, *pairs[0], *pairs[1], *biases, *places, tuple(joined), gate, lean, gemm, arrival
         )
         outer: Any = _Outer.apply
         y = outer(carrier, a, down_low, down, weight_p, *pairs[1], biases[1], *places, joined[1], gemm)
@@ -154,9 +159,10 @@ class _Inner(torch.autograd.Function):
         gate,
         lean,
         gemm,
+        arrival,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.joined, ctx.gate, ctx.gemm, ctx.later = joined, gate, gemm, later.collected()
+        ctx.joined, ctx.gate, ctx.gemm, ctx.later, ctx.arrival = joined, gate, gemm, later.collected(), arrival
         # `down` is not multiplied by here: its shape says what there is room for
         to_u, to_y = _projections(up.to(x.dtype), down, (up_a, up_b), (down_a, down_b), joined, gemm)
         rows = gemm.gather(x, RowMap(sources, copies, starts, row_places, stop), to_u.tail)
@@ -179,7 +185,7 @@ class _Inner(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = gradients[2]
         if gradient is None:
-            return (None,) * 21
+            return (None,) * 22
         x, up, down, weight_p, u, up_a, up_b, up_low, down_a, down_b, down_low, *rest = ctx.saved_tensors
         up_bias, down_bias, ends, experts, *of_rows = rest
         places = RowMap(*of_rows)
@@ -199,6 +205,8 @@ class _Inner(torch.autograd.Function):
                 rows[:, up.shape[1] :] = up_low
             u = to_u.product(rows, None, ends)[0]
         u_more = None if up_low is None or to_u.tail else gemm.multiply(up_low, up_b, ends)
+        if ctx.arrival is not None:
+            ctx.arrival.wait()
         y_grad = gemm.gather(gradient, places, of_y.tail)
         down_low_grad = of_y.low(y_grad, ends)
         a_grad, a_grad_more = of_y.product(y_grad, down_low_grad, ends)
@@ -247,7 +255,7 @@ class _Inner(torch.autograd.Function):
             of_pairs = of_all.index_select(0, places.sources * len(down_bias) + experts)
             weight_grad = weight_grad + of_pairs.to(weight_grad.dtype)
         found = x_grad, up_grad, down_grad, weight_grad if needs_weight else None
-        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 11
+        return *found, *up_factors_grad, *down_factors_grad, up_bias_grad, down_bias_grad, *(None,) * 12
 
 
 class _Outer(torch.autograd.Function):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_accel.dispatch import Arrival
 from moe_accel.experts import later
 from moe_accel.experts.routing import LocalRouting
 from moe_accel.kernels.device import IS_TRITON_36, capability
@@ -36,6 +37,9 @@ MOST_INNER, LEAST_PAIRS = 1024, 65_536
 """Where it pays: I at most, and P at least: the host takes 0.3 to 0.7 ms longer to start these kernels for a layer
 both ways. Four H200, ep_size 4, 32,768 pairs a GPU, NO_WRAP, 2026-11-26: 278 and 293 ms a step with them, 258 and 260
 without."""
+PROGRAMS_BESIDE = 2
+"""Of gradients that are computed while NCCL holds multiprocessors: 12 layers on four H200, 88.4 ms a step with one for
+each, 86.6 with two, 87.1 with four (2026-11-27)."""
 
 
 def suits(device: torch.device, hidden: int, inner: int) -> bool:
@@ -63,7 +67,13 @@ def gathers(x: Tensor, up: Tensor, down: Tensor, num_pairs: int | None) -> bool:
 
 
 def gathered_experts(
-    x: Tensor, up: Tensor, down: Tensor, weight_p: Tensor, routing: LocalRouting, lean: bool = False
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    weight_p: Tensor,
+    routing: LocalRouting,
+    lean: bool = False,
+    arrival: Arrival | None = None,
 ) -> Tensor:
     """Weighted sum of each row's experts.
 
@@ -74,6 +84,7 @@ def gathered_experts(
         weight_p: [P], routing weights of the sorted pairs.
         routing: of the rows.
         lean: compute the first projection again in backward rather than keep its output.
+        arrival: see `gated.gated_experts`.
 
     Returns:
         [R,H] in the dtype of x, differentiable once in x, up, down and weight_p.
@@ -82,7 +93,7 @@ def gathered_experts(
     tiles = find_tiles(routing.ends, len(sources))
     places = sources, routing.rows.copies, routing.rows.starts, routing.rows.stop, *tiles
     inner: Any = _Inner.apply
-    a, carrier = inner(x.contiguous(), up, down, weight_p, *places, lean)
+    a, carrier = inner(x.contiguous(), up, down, weight_p, *places, lean, arrival)
     outer: Any = _Outer.apply
     return outer(carrier, a, down, *places)
 
@@ -92,9 +103,9 @@ class _Inner(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, up, down, weight_p, sources, copies, starts, stop, *rest: Any) -> tuple[Tensor, Tensor]:
-        *tiles, lean = rest
+        *tiles, lean, arrival = rest
         ctx.set_materialize_grads(False)
-        ctx.later = later.collected()
+        ctx.later, ctx.arrival = later.collected(), arrival
         u, a = up_glu(x, sources, up.to(x.dtype).transpose(1, 2), weight_p, Tiles(*tiles), keep=not lean)
         ctx.save_for_backward(x, up, down, weight_p, u, sources, copies, starts, stop, *tiles)
         ctx.mark_non_differentiable(a)
@@ -104,37 +115,40 @@ class _Inner(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradients[1] is None:
-            return (None,) * 13
-        gradient = gradients[1].contiguous()
+            return (None,) * 14
         x, up, down, weight_p, u, sources, copies, starts, stop, *rest = ctx.saved_tensors
         tiles = Tiles(*rest)
         needs_x, needs_up, needs_down, needs_weight = ctx.needs_input_grad[:4]
         up_, down_ = (each.to(x.dtype).transpose(1, 2) for each in (up, down))
         u: Any = up_glu(x, sources, up_, weight_p, tiles)[0] if u is None else u
+        if ctx.arrival is not None:
+            ctx.arrival.wait()
+        gradient = gradients[1].contiguous()
         u_grad, weight_grad, a = down_glu_backward(gradient, sources, down_, u, weight_p, tiles)
         del u
         if stop is not None:  # a tile's last rows may be behind, and are multiplied by zero
             clear_behind(a, stop, OUTER_ROWS)
             clear_behind(u_grad, stop, OUTER_ROWS)
         x_grad = up_grad = down_grad = None
+        programs = 1 if ctx.later is None else PROGRAMS_BESIDE
         if needs_down:
-            down_grad = later.gradient(ctx.later, down, partial(_of_down, down, *tiles), gradient, a, sources)
+            down_grad = later.gradient(ctx.later, down, partial(_of_down, down, programs, *tiles), gradient, a, sources)
         del a
         if needs_x:
             x_grad = sum_copies(multiply(u_grad, up_, tiles), RowMap(sources, copies, starts, stop=stop))
         if needs_up:
-            up_grad = later.gradient(ctx.later, up, partial(_of_up, up, *tiles), u_grad, x, sources)
-        return x_grad, up_grad, down_grad, weight_grad if needs_weight else None, *(None,) * 9
+            up_grad = later.gradient(ctx.later, up, partial(_of_up, up, programs, *tiles), u_grad, x, sources)
+        return x_grad, up_grad, down_grad, weight_grad if needs_weight else None, *(None,) * 10
 
 
-def _of_down(down: Tensor, *given: Tensor) -> Tensor:
+def _of_down(down: Tensor, programs: int, *given: Tensor) -> Tensor:
     *tiles, gradient, a, sources = given
-    return outer_of_gathered(gradient, a, sources, Tiles(*tiles), is_left=True).transpose(1, 2).to(down.dtype)
+    return outer_of_gathered(gradient, a, sources, Tiles(*tiles), True, programs).transpose(1, 2).to(down.dtype)
 
 
-def _of_up(up: Tensor, *given: Tensor) -> Tensor:
+def _of_up(up: Tensor, programs: int, *given: Tensor) -> Tensor:
     *tiles, u_grad, x, sources = given
-    return outer_of_gathered(u_grad, x, sources, Tiles(*tiles), is_left=False).transpose(1, 2).to(up.dtype)
+    return outer_of_gathered(u_grad, x, sources, Tiles(*tiles), False, programs).transpose(1, 2).to(up.dtype)
 
 
 class _Outer(torch.autograd.Function):

@@ -8,7 +8,7 @@ that is there.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,14 +20,27 @@ class Product(NamedTuple):
         matrices: what it is the gradient of, in the memory of a parameter.
         compute: of the operands, in the strides of `matrices`.
         operands: what backward made.
+        made: that it has, as `Products.mark` gave it.
     """
 
     matrices: Tensor
     compute: Callable[..., Tensor]
     operands: tuple[Tensor, ...]
+    made: Any = None
 
 
-Products = list[Product]
+class Products(list[Product]):
+    """What a backward leaves to be computed.
+
+    Attributes:
+        mark: called where operands are made; what it gives is for whoever computes with them.
+    """
+
+    def __init__(self, mark: Callable[[], Any] = lambda: None):
+        super().__init__()
+        self.mark = mark
+
+
 _collected: ContextVar[Products | None] = ContextVar("collected", default=None)
 
 
@@ -52,5 +65,5 @@ def gradient(
     """The gradient now, or None where it is to be computed later."""
     if products is None:
         return compute(*operands)
-    products.append(Product(matrices, compute, operands))
+    products.append(Product(matrices, compute, operands, products.mark()))
     return None

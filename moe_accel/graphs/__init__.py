@@ -32,6 +32,7 @@ from moe_accel.graphs.blocks import BlockGraphs, let_nccl_record, outlive_none, 
 from moe_accel.graphs.module import CALLS, LONG, OPEN, OTHER_CALLS, PASSED_BY, RECORDINGS, Graphed, Graphs
 from moe_accel.graphs.record import Recording
 from moe_accel.graphs.recorder import Recorder
+from moe_accel.ranks import urgent
 from moe_accel.report import short
 from moe_accel.swap import become
 
@@ -107,14 +108,15 @@ def record_blocks(model: nn.Module, recorder: Recorder) -> list[Any]:
     By a recorder of their own, and so in other memory than attention, which each rank records for itself.
     """
     let_nccl_record()
-    agreement, blocks = Agreement(recorder), []
+    agreement, blocks, groups = Agreement(recorder), [], {}
     for name, module in experts.find_experts(model):
         block, _ = experts.block_of(model, name)
         settings = experts.settings_of(module)
         dispatcher: Any = settings.dispatcher
         if "forward" in vars(block) or any(isinstance(each, Graphed) for each in block.modules()):
             continue
-        settings.of_known_sizes = AllGather(dispatcher.group, dispatcher.num_local_experts)
+        group = groups.get(dispatcher.group) or groups.setdefault(dispatcher.group, urgent(dispatcher.group))
+        settings.of_known_sizes = AllGather(group, dispatcher.num_local_experts)
         vars(block)["_moe_accel_graphs"] = BlockGraphs(agreement)
         become(block, Graphed)
         blocks.append(block)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from moe_accel.experts.later import Product
+from moe_accel.experts.later import Product, Products
 from moe_accel.experts.weights import local
 from moe_accel.graphs.calls import Given, Unusual, Watched, kind_of, packed_in, with_tensors
 from moe_accel.graphs.recorder import Recorder
@@ -60,7 +60,7 @@ class Recording:
         args: tuple,
         kwargs: dict,
         found: Given,
-        around: Callable[[list[Any]], AbstractContextManager] | None = None,
+        around: Callable[[Products], AbstractContextManager] | None = None,
     ):
         """Record `call`.
 
@@ -85,7 +85,7 @@ class Recording:
         self.trial, self._around = Trial(recorder.round, exactly=around is None), around
         self._trained, self._pending = watched.trained(), None
         self._later: list[Product] = []
-        self._left: list[Product] = []  # by the backward that is recorded
+        self._left = Products(recorder.mark)  # by the backward that is recorded
         self._autocast, self._device_type = found.autocast, recorder.device_type
         self._inputs = [each.detach().clone().requires_grad_(each.requires_grad) for each in found.tensors]
         args, items = with_tensors((args, tuple(kwargs.items())), iter(self._inputs))
@@ -146,10 +146,10 @@ class Recording:
     def _found_later(self) -> list[Tensor | None]:
         """What was found, with the gradients that backward left to be computed, which are nobody else's."""
         found = list(self._found)
-        for each in self._later:
+        for each, gradient in zip(self._later, self._recorder.compute_beside(self._later), strict=True):
             at = next(at for at, one in enumerate(self._sources) if one.data_ptr() == each.matrices.data_ptr())
-            gradient, is_turned = each.compute(*each.operands), each.matrices.stride() != self._sources[at].stride()
-            gradient, before = gradient.transpose(1, 2) if is_turned else gradient, found[at]
+            is_turned, before = each.matrices.stride() != self._sources[at].stride(), found[at]
+            gradient = gradient.transpose(1, 2) if is_turned else gradient
             found[at] = gradient if before is None else before + gradient
         return found
 

@@ -1,7 +1,7 @@
 """How CUDA graphs are recorded, and which of those that share memory may be played when."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_accel import garbage
+from moe_accel.experts.later import Product
 from moe_accel.graphs.trial import Round
 
 
@@ -33,6 +34,7 @@ class Recorder:
     def __init__(self) -> None:
         self._pool: Any = None
         self._stream: Any = None
+        self._stream_beside: Any = None
         self._graphs: list[Any] = []  # of this era: torch takes from all of a stream what they share when one goes
         self._recorded_era = -1
         self._played_on: int | None = None
@@ -127,6 +129,25 @@ class Recorder:
             self._gradients[key] = torch.empty_like(like, memory_format=torch.contiguous_format)
         return self._gradients[key]
 
+    def mark(self) -> Any:
+        """An event of what is recorded, here: whenever that is played, what is beside it may wait for this point."""
+        event = torch.cuda.Event(external=True)
+        event.record()
+        return event
+
+    def compute_beside(self, products: Sequence[Product]) -> list[Tensor]:
+        """What the graph that was started last leaves to be computed, each as soon as its operands are made, while that
+        goes on: rows travel then. The current stream waits for all of it."""
+        if not products:
+            return []
+        current, found = torch.cuda.current_stream(), []
+        with torch.cuda.stream(self._stream_beside):
+            for each in products:
+                each.made.wait()
+                found.append(each.compute(*each.operands))
+        current.wait_stream(self._stream_beside)
+        return found
+
     def borrow(self, tensor: Tensor) -> Tensor:
         """The same values at the same address, which does not keep the memory; the tensor itself if it has gaps."""
         if not tensor.is_contiguous() or not tensor.numel():
@@ -138,6 +159,7 @@ class Recorder:
         """On the stream that records."""
         if self._recorded_era != self.era:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._stream_beside = self._stream_beside or torch.cuda.Stream()
             self._recorded_era = self.era
             self._graphs.clear()
         current = torch.cuda.current_stream()

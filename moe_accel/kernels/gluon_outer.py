@@ -32,7 +32,9 @@ else:
     async_copy = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = ABSENT
 
 
-def outer_of_gathered(left: Tensor, right: Tensor, sources: Tensor, tiles: Tiles, is_left: bool) -> Tensor:
+def outer_of_gathered(
+    left: Tensor, right: Tensor, sources: Tensor, tiles: Tiles, is_left: bool, programs: int = 1
+) -> Tensor:
     """For each expert's pairs `left.T @ right`, of which one side is gathered by `sources`. Not differentiable.
 
     Args:
@@ -41,6 +43,8 @@ def outer_of_gathered(left: Tensor, right: Tensor, sources: Tensor, tiles: Tiles
         sources: [P] int32, row of each sorted pair.
         tiles: of the pairs.
         is_left: whether left is gathered, rather than right.
+        programs: for each multiprocessor, of which one has room for one. More where other kernels hold some: the work
+            is dealt out among programs beforehand, and those that come last then have less of it.
 
     Returns:
         [e,A,B]; zeros for an expert without pairs. The last rows of a tile are the next expert's on the side in order,
@@ -53,9 +57,9 @@ def outer_of_gathered(left: Tensor, right: Tensor, sources: Tensor, tiles: Tiles
     out = left.new_empty(num_experts, rows, columns)
     in_order = described(right, [BLOCK_K, BLOCK_N]) if is_left else described(left, [BLOCK_K, BLOCK_M])
     tensors = left if is_left else right, in_order, described(out.view(-1, columns), [BLOCK_M, BLOCK_N])
-    programs = num_multiprocessors(left.device)
-    constants = {"M": rows, "N": columns, "STEP": programs, "IS_LEFT": is_left, **CONSTANTS}
-    launch_described(_outer_kernel, (programs,), *tensors, sources, tiles.ends, tiles.order, num_experts, **constants)
+    step = programs * num_multiprocessors(left.device)
+    constants = {"M": rows, "N": columns, "STEP": step, "IS_LEFT": is_left, **CONSTANTS}
+    launch_described(_outer_kernel, (step,), *tensors, sources, tiles.ends, tiles.order, num_experts, **constants)
     return out
 
 

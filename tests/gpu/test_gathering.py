@@ -79,6 +79,10 @@ def test_each_kernel_has_the_numbers_of_torchs_products(sizes, routing):
         "down": (gluon.multiply(a_exact, down.transpose(1, 2), tiles), grouped_mm(a_exact, down.transpose(1, 2), ends)),
         "dX": (gluon.multiply(u_grad, up, tiles), grouped_mm(u_grad, up, ends)),
         "up": (outer_of_gathered(u_grad, x, sources, tiles, False), grouped_outer(u_grad, x[sources], ends)),
+        "up, twice the programs": (
+            outer_of_gathered(u_grad, x, sources, tiles, False, 2),
+            outer_of_gathered(u_grad, x, sources, tiles, False),
+        ),
         "of down": (
             outer_of_gathered(gradient, a_exact, sources, tiles, True),
             grouped_outer(gradient[sources], a_exact, ends),

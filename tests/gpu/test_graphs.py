@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from moe_accel import MoEConfig, graphs
+from moe_accel.experts import later
 from moe_accel.graphs import record
 from tests import graphs as cases
 from tests.families import build_tiny
@@ -121,3 +122,30 @@ def test_what_waits_for_the_gpu_is_not_recorded_and_nothing_else_suffers(reads):
     for step in range(4):
         cases.assert_same(*(cases.trained(each, cases.batch(model, step)) for each in (model, twin)))
     assert cases.turns(model) == [2, 2]
+
+
+def test_what_a_graph_leaves_is_computed_when_its_operands_are_made_while_it_goes_on():
+    recorder, x = graphs.Recorder(), torch.zeros(1 << 20, device="cuda")
+    products, first, last = later.Products(recorder.mark), *torch.zeros(2, 1 << 20, device="cuda")
+
+    def work():
+        torch.cuda._sleep(20_000_000)
+        first.copy_(x)
+        later.gradient(products, x, torch.neg, first)
+        torch.cuda._sleep(200_000_000)
+        last.copy_(x)
+
+    with recorder.beside():
+        play, _ = recorder.record(work)
+    for value in (1.0, 2.0, 3.0):
+        x.fill_(value)
+        play()
+        ended, graph_ended = torch.cuda.Event(), torch.cuda.Event()
+        graph_ended.record()
+        (found,) = recorder.compute_beside(products)
+        with torch.cuda.stream(recorder._stream_beside):
+            ended.record()
+        ended.synchronize()
+        assert not graph_ended.query()
+        assert (found + value).abs().max().item() == 0  # by the current stream, which waits for both
+        assert (last == value).all()

@@ -9,6 +9,7 @@ from torch import nn
 from moe_accel.experts.later import Product
 from moe_accel.graphs import record
 from moe_accel.graphs.trial import TOLERANCE, Round, Trial, near
+from tests.pretended_graphs import Pretended
 from tests.unit.graph_chain import WRONG
 
 
@@ -76,6 +77,7 @@ def test_gradients_are_near(found, own, given, expected):
 def test_gradients_that_backward_left_are_added_in_the_parameters_own_strides(of_graph):
     weight = nn.Parameter(torch.ones(2, 3, 3))
     recording: Any = record.Recording.__new__(record.Recording)
+    recording._recorder = Pretended()
     recording._sources = [nn.Parameter(torch.ones(1)), weight]
     recording._found = [torch.zeros(1), None if of_graph is None else torch.full_like(weight, of_graph)]
     left = torch.arange(18.0).view(2, 3, 3)

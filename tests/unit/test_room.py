@@ -102,7 +102,7 @@ def test_gradients_of_weights_may_be_left_to_be_computed(function):
     x, routing = torch.randn(NUM_ROWS, WIDTH), sort_with_room(choices(0.4), NUM_EXPERTS)
     stacks = [torch.randn(NUM_EXPERTS, 2 * INNER, WIDTH), torch.randn(NUM_EXPERTS, WIDTH, INNER)]
     leaves = [each.requires_grad_() for each in (x, *stacks)]
-    weight_p, found, left = torch.rand(len(routing.pairs)), [], []
+    weight_p, found, left = torch.rand(len(routing.pairs)), [], later.Products()
     for products in (None, left):
         with later.collecting(products):
             y = function(x, *(each.transpose(1, 2) for each in stacks), weight_p, routing, lean=True)
