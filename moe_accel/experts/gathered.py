@@ -132,23 +132,26 @@ class _Inner(torch.autograd.Function):
         x_grad = up_grad = down_grad = None
         programs = 1 if ctx.later is None else PROGRAMS_BESIDE
         if needs_down:
-            down_grad = later.gradient(ctx.later, down, partial(_of_down, down, programs, *tiles), gradient, a, sources)
+            compute = partial(_gradient, down, True, programs, *tiles)
+            down_grad = later.gradient(ctx.later, down, compute, gradient, a, sources, takes_out=True)
         del a
         if needs_x:
             x_grad = sum_copies(multiply(u_grad, up_, tiles), RowMap(sources, copies, starts, stop=stop))
         if needs_up:
-            up_grad = later.gradient(ctx.later, up, partial(_of_up, up, programs, *tiles), u_grad, x, sources)
+            compute = partial(_gradient, up, False, programs, *tiles)
+            up_grad = later.gradient(ctx.later, up, compute, u_grad, x, sources, takes_out=True)
         return x_grad, up_grad, down_grad, weight_grad if needs_weight else None, *(None,) * 10
 
 
-def _of_down(down: Tensor, programs: int, *given: Tensor) -> Tensor:
-    *tiles, gradient, a, sources = given
-    return outer_of_gathered(gradient, a, sources, Tiles(*tiles), True, programs).transpose(1, 2).to(down.dtype)
-
-
-def _of_up(up: Tensor, programs: int, *given: Tensor) -> Tensor:
-    *tiles, u_grad, x, sources = given
-    return outer_of_gathered(u_grad, x, sources, Tiles(*tiles), False, programs).transpose(1, 2).to(up.dtype)
+def _gradient(matrices: Tensor, is_left: bool, programs: int, *given: Tensor, out: Tensor | None = None) -> Tensor:
+    """Of matrices in the dtype that they are kept in, and in their strides; see `outer_of_gathered`."""
+    *tiles, left, right, sources = given
+    is_exact = out is not None and out.dtype == left.dtype
+    into = out.transpose(1, 2) if out is not None and is_exact else None
+    found = outer_of_gathered(left, right, sources, Tiles(*tiles), is_left, programs, into).transpose(1, 2)
+    if out is None:
+        return found.to(matrices.dtype)
+    return out if is_exact else out.copy_(found)
 
 
 class _Outer(torch.autograd.Function):

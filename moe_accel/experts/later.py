@@ -21,12 +21,15 @@ class Product(NamedTuple):
         compute: of the operands, in the strides of `matrices`.
         operands: what backward made.
         made: that it has, as `Products.mark` gave it.
+        takes_out: whether `compute` takes `out`, memory like `matrices`, and hardly any other: it may be on a stream
+            whose memory is not that of all else, beside what goes on.
     """
 
     matrices: Tensor
     compute: Callable[..., Tensor]
     operands: tuple[Tensor, ...]
     made: Any = None
+    takes_out: bool = False
 
 
 class Products(list[Product]):
@@ -60,10 +63,14 @@ def collected() -> Products | None:
 
 
 def gradient(
-    products: Products | None, matrices: Tensor, compute: Callable[..., Tensor], *operands: Tensor
+    products: Products | None,
+    matrices: Tensor,
+    compute: Callable[..., Tensor],
+    *operands: Tensor,
+    takes_out: bool = False,
 ) -> Tensor | None:
-    """The gradient now, or None where it is to be computed later."""
+    """The gradient now, or None where it is to be computed later; see `Product`."""
     if products is None:
         return compute(*operands)
-    products.append(Product(matrices, compute, operands, products.mark()))
+    products.append(Product(matrices, compute, operands, products.mark(), takes_out))
     return None

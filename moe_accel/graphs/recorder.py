@@ -136,17 +136,18 @@ class Recorder:
         return event
 
     def compute_beside(self, products: Sequence[Product]) -> list[Tensor]:
-        """What the graph that was started last leaves to be computed, each as soon as its operands are made, while that
-        goes on: rows travel then. The current stream waits for all of it."""
-        if not products:
-            return []
-        current, found = torch.cuda.current_stream(), []
-        with torch.cuda.stream(self._stream_beside):
-            for each in products:
-                each.made.wait()
-                found.append(each.compute(*each.operands))
-        current.wait_stream(self._stream_beside)
-        return found
+        """What the graph that was started last leaves to be computed, as soon as operands are made, while that goes on:
+        rows travel then. What needs memory of its own comes behind. The current stream waits for all of it."""
+        current, beside = torch.cuda.current_stream(), [each for each in products if each.takes_out]
+        outs = [torch.empty_like(each.matrices) for each in beside]  # the current stream's, as all gradients are
+        if beside:
+            with torch.cuda.stream(self._stream_beside):
+                for each, out in zip(beside, outs, strict=True):
+                    each.made.wait()
+                    each.compute(*each.operands, out=out)
+            current.wait_stream(self._stream_beside)
+        made = iter(outs)
+        return [next(made) if each.takes_out else each.compute(*each.operands) for each in products]
 
     def borrow(self, tensor: Tensor) -> Tensor:
         """The same values at the same address, which does not keep the memory; the tensor itself if it has gaps."""
@@ -162,6 +163,7 @@ class Recorder:
             self._stream_beside = self._stream_beside or torch.cuda.Stream()
             self._recorded_era = self.era
             self._graphs.clear()
+            torch.cuda.empty_cache()  # while it is recorded, torch gives back nothing, and fails where that is needed
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):

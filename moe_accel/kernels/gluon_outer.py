@@ -33,7 +33,13 @@ else:
 
 
 def outer_of_gathered(
-    left: Tensor, right: Tensor, sources: Tensor, tiles: Tiles, is_left: bool, programs: int = 1
+    left: Tensor,
+    right: Tensor,
+    sources: Tensor,
+    tiles: Tiles,
+    is_left: bool,
+    programs: int = 1,
+    out: Tensor | None = None,
 ) -> Tensor:
     """For each expert's pairs `left.T @ right`, of which one side is gathered by `sources`. Not differentiable.
 
@@ -45,6 +51,7 @@ def outer_of_gathered(
         is_left: whether left is gathered, rather than right.
         programs: for each multiprocessor, of which one has room for one. More where other kernels hold some: the work
             is dealt out among programs beforehand, and those that come last then have less of it.
+        out: [e,A,B], contiguous, in the dtype of left: where the result goes; None: memory of its own.
 
     Returns:
         [e,A,B]; zeros for an expert without pairs. The last rows of a tile are the next expert's on the side in order,
@@ -52,9 +59,10 @@ def outer_of_gathered(
     """
     if not runs(left):
         left, right = (left.index_select(0, sources), right) if is_left else (left, right.index_select(0, sources))
-        return grouped_outer(left, right, tiles.ends)
+        found = grouped_outer(left, right, tiles.ends)
+        return found if out is None else out.copy_(found)
     num_experts, rows, columns = len(tiles.ends), left.shape[1], right.shape[1]
-    out = left.new_empty(num_experts, rows, columns)
+    out = left.new_empty(num_experts, rows, columns) if out is None else out
     in_order = described(right, [BLOCK_K, BLOCK_N]) if is_left else described(left, [BLOCK_K, BLOCK_M])
     tensors = left if is_left else right, in_order, described(out.view(-1, columns), [BLOCK_M, BLOCK_N])
     step = programs * num_multiprocessors(left.device)

@@ -124,28 +124,34 @@ def test_what_waits_for_the_gpu_is_not_recorded_and_nothing_else_suffers(reads):
     assert cases.turns(model) == [2, 2]
 
 
-def test_what_a_graph_leaves_is_computed_when_its_operands_are_made_while_it_goes_on():
+def negated(values, out=None):
+    return torch.neg(values, out=out)
+
+
+@pytest.mark.parametrize("takes_out", [True, False])
+def test_what_a_graph_leaves_is_computed_with_what_it_made_and_where_it_can_while_that_goes_on(takes_out):
     recorder, x = graphs.Recorder(), torch.zeros(1 << 20, device="cuda")
     products, first, last = later.Products(recorder.mark), *torch.zeros(2, 1 << 20, device="cuda")
 
     def work():
         torch.cuda._sleep(20_000_000)
         first.copy_(x)
-        later.gradient(products, x, torch.neg, first)
-        torch.cuda._sleep(200_000_000)
+        later.gradient(products, x, negated, first, takes_out=takes_out)
+        torch.cuda._sleep(500_000_000)
         last.copy_(x)
 
     with recorder.beside():
         play, _ = recorder.record(work)
+    beside = []
     for value in (1.0, 2.0, 3.0):
         x.fill_(value)
         play()
-        ended, graph_ended = torch.cuda.Event(), torch.cuda.Event()
+        computed, graph_ended = torch.cuda.Event(), torch.cuda.Event()
         graph_ended.record()
         (found,) = recorder.compute_beside(products)
-        with torch.cuda.stream(recorder._stream_beside):
-            ended.record()
-        ended.synchronize()
-        assert not graph_ended.query()
+        computed.record(recorder._stream_beside)
+        computed.synchronize()
+        beside.append(not graph_ended.query())
         assert (found + value).abs().max().item() == 0  # by the current stream, which waits for both
         assert (last == value).all()
+    assert not takes_out or beside[1:] == [True] * 2  # at first, the kernel is loaded, which waits for the device
