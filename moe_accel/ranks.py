@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -46,20 +47,25 @@ def urgent(group: Any) -> Any:
     """The ranks of a group over NCCL, whose kernels come before others that wait for multiprocessors of the GPU: what
     is computed while they exchange something would hold them up. The group itself where it is not NCCL's.
 
-    A collective call of the group.
+    A collective call of the job.
     """
     options = _options_of(group)
     if not dist.is_nccl_available() or not isinstance(options, dist.ProcessGroupNCCL.Options):
         return group
-    of_urgent, timeout = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True), options._timeout
-    of_urgent._timeout = timeout
-    members = dist.get_process_group_ranks(group)
-    how: Any = {"backend": "nccl", "pg_options": of_urgent, "use_local_synchronization": True}
-    return dist.new_group(members, timeout=timeout, **how)
+    if group not in _urgent:
+        of_urgent, timeout = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True), options._timeout
+        of_urgent._timeout = timeout
+        members = dist.get_process_group_ranks(group)
+        _urgent[group] = dist.new_group(members, timeout=timeout, backend="nccl", pg_options=of_urgent)
+    return _urgent[group]
+
+
+_urgent: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""By the group they are made for: a communicator takes memory, and one for all models is enough."""
 
 
 def _options_of(group: Any) -> Any:
-    """Of its backend for GPUs; None where torch does not tell, which has no public way to ask."""
+    """Of its backend for GPUs; None where torch, which has no public way to ask, does not tell."""
     with suppress(AttributeError, RuntimeError, TypeError):
         return group._get_backend(torch.device("cuda")).options
     return None

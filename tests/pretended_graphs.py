@@ -34,7 +34,7 @@ class Pretended(Recorder):
         return None
 
     def compute_beside(self, products):
-        outs = [{"out": torch.empty_like(each.matrices)} if each.takes_out else {} for each in products]
+        outs = [{"out": torch.empty_like(each.matrices)} if each.may_be_beside else {} for each in products]
         return [each.compute(*each.operands, **out) for each, out in zip(products, outs, strict=True)]
 
     def borrow(self, tensor):

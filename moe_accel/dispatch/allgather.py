@@ -120,7 +120,7 @@ class _Transfer:
             of_x.arrived()
         else:
             self.arrival.expect(of_x)
-        return of_x.received, small[:, : self.top_k].to(self.weights_dtype)
+        return of_x.coming, small[:, : self.top_k].to(self.weights_dtype)
 
     def launch_back(self, x_grad: Tensor, weights_grad: Tensor) -> None:
         both = zip((x_grad, weights_grad), self.needs, strict=True)
@@ -149,7 +149,7 @@ class _Combine(torch.autograd.Function):
             exchange.arrived()
         else:
             ctx.arrival.expect(exchange)
-        return exchange.received, None, None, None, None
+        return exchange.coming, None, None, None, None
 
 
 def _gathering(rows: Tensor, transport: AllGather) -> Exchange:

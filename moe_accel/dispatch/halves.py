@@ -49,16 +49,16 @@ class Exchange:
     """Rows under way by the process group's own stream, both sides kept alive.
 
     Attributes:
-        received: where they go.
+        coming: where they go, and are not before they have arrived.
     """
 
     def __init__(self, work: Any, received: Tensor, sent: Tensor):
-        self._work, self.received, self._sent = work, received, sent
+        self._work, self.coming, self._sent = work, received, sent
 
     def arrived(self) -> Tensor:
         """The rows received, for which the current stream waits."""
         self._work.wait()
-        return self.received
+        return self.coming
 
 
 class Arrival:
@@ -73,6 +73,7 @@ class Arrival:
 
     def expect(self, exchange: Exchange) -> None:
         """These are under way."""
+        assert self._exchange is None
         self._exchange = exchange
 
     def wait(self) -> None:

@@ -230,10 +230,12 @@ def _with_known_sizes(module: Any, settings: Settings, x: Tensor, choices: Tenso
     of_output, x = x.dtype, x if settings.dtype is None else x.to(settings.dtype)
     beside, scale = settings.beside and settings.beside.work(), float(settings.ep_size)
     there, back = Arrival(), Arrival()
-    x_r, choices_r, weights_r, handle = dispatcher.dispatch(x, choices, weights, None, beside, scale, there)
-    routing = sort_with_room(choices_r, module.num_experts // settings.ep_size)
+    try:
+        x_r, choices_r, weights_r, handle = dispatcher.dispatch(x, choices, weights, None, beside, scale, there)
+        routing = sort_with_room(choices_r, module.num_experts // settings.ep_size)
+    finally:  # after an error, too: see `halves.travel`
+        there.wait()
     settings.ends = routing.ends
-    there.wait()
     y_r = _compute(module, settings, x_r, choices_r, weights_r, routing, True, back)
     for place in settings.joined.values():
         place.is_recorded = True

@@ -130,28 +130,28 @@ class _Inner(torch.autograd.Function):
             clear_behind(a, stop, OUTER_ROWS)
             clear_behind(u_grad, stop, OUTER_ROWS)
         x_grad = up_grad = down_grad = None
-        programs = 1 if ctx.later is None else PROGRAMS_BESIDE
+        of_up, of_down = (ctx.later is not None and each.dtype == x.dtype for each in (up, down))
         if needs_down:
-            compute = partial(_gradient, down, True, programs, *tiles)
-            down_grad = later.gradient(ctx.later, down, compute, gradient, a, sources, takes_out=True)
+            compute = partial(_gradient, down, True, PROGRAMS_BESIDE if of_down else 1, *tiles)
+            down_grad = later.gradient(ctx.later, down, compute, gradient, a, sources, may_be_beside=of_down)
         del a
         if needs_x:
             x_grad = sum_copies(multiply(u_grad, up_, tiles), RowMap(sources, copies, starts, stop=stop))
         if needs_up:
-            compute = partial(_gradient, up, False, programs, *tiles)
-            up_grad = later.gradient(ctx.later, up, compute, u_grad, x, sources, takes_out=True)
+            compute = partial(_gradient, up, False, PROGRAMS_BESIDE if of_up else 1, *tiles)
+            up_grad = later.gradient(ctx.later, up, compute, u_grad, x, sources, may_be_beside=of_up)
         return x_grad, up_grad, down_grad, weight_grad if needs_weight else None, *(None,) * 10
 
 
 def _gradient(matrices: Tensor, is_left: bool, programs: int, *given: Tensor, out: Tensor | None = None) -> Tensor:
-    """Of matrices in the dtype that they are kept in, and in their strides; see `outer_of_gathered`."""
+    """Of matrices in the dtype that they are kept in, and in their strides; see `outer_of_gathered`.
+
+    out: like the matrices, where they are in the dtype of the products.
+    """
     *tiles, left, right, sources = given
-    is_exact = out is not None and out.dtype == left.dtype
-    into = out.transpose(1, 2) if out is not None and is_exact else None
+    into = None if out is None else out.transpose(1, 2)
     found = outer_of_gathered(left, right, sources, Tiles(*tiles), is_left, programs, into).transpose(1, 2)
-    if out is None:
-        return found.to(matrices.dtype)
-    return out if is_exact else out.copy_(found)
+    return found.to(matrices.dtype) if out is None else out
 
 
 class _Outer(torch.autograd.Function):

@@ -1,5 +1,5 @@
-"""Gradients of large weights that are no part of a recorded backward: they are computed behind it, into memory of their
-own, where a recording would hand out copies.
+"""Gradients of large weights that are no part of a recorded backward: they are computed behind it, or beside its end,
+into memory of their own, where a recording would hand out copies.
 
 A backward under `collecting` does not compute them but says what they are made of; whoever plays it computes them while
 that is there.
@@ -20,23 +20,23 @@ class Product(NamedTuple):
         matrices: what it is the gradient of, in the memory of a parameter.
         compute: of the operands, in the strides of `matrices`.
         operands: what backward made.
-        made: that it has, as `Products.mark` gave it.
-        takes_out: whether `compute` takes `out`, memory like `matrices`, and hardly any other: it may be on a stream
-            whose memory is not that of all else, beside what goes on.
+        may_be_beside: whether `compute` takes `out`, memory like `matrices`, and no other for anything as large: so it
+            may be on a stream whose memory is not that of all else, beside what goes on.
+        made: then, an event: backward has made the operands.
     """
 
     matrices: Tensor
     compute: Callable[..., Tensor]
     operands: tuple[Tensor, ...]
+    may_be_beside: bool = False
     made: Any = None
-    takes_out: bool = False
 
 
 class Products(list[Product]):
     """What a backward leaves to be computed.
 
     Attributes:
-        mark: called where operands are made; what it gives is for whoever computes with them.
+        mark: called where operands are made that may be computed with beside backward; gives an event.
     """
 
     def __init__(self, mark: Callable[[], Any] = lambda: None):
@@ -67,10 +67,11 @@ def gradient(
     matrices: Tensor,
     compute: Callable[..., Tensor],
     *operands: Tensor,
-    takes_out: bool = False,
+    may_be_beside: bool = False,
 ) -> Tensor | None:
     """The gradient now, or None where it is to be computed later; see `Product`."""
     if products is None:
         return compute(*operands)
-    products.append(Product(matrices, compute, operands, products.mark(), takes_out))
+    made = products.mark() if may_be_beside else None
+    products.append(Product(matrices, compute, operands, may_be_beside, made))
     return None

@@ -108,15 +108,14 @@ def record_blocks(model: nn.Module, recorder: Recorder) -> list[Any]:
     By a recorder of their own, and so in other memory than attention, which each rank records for itself.
     """
     let_nccl_record()
-    agreement, blocks, groups = Agreement(recorder), [], {}
+    agreement, blocks = Agreement(recorder), []
     for name, module in experts.find_experts(model):
         block, _ = experts.block_of(model, name)
         settings = experts.settings_of(module)
         dispatcher: Any = settings.dispatcher
         if "forward" in vars(block) or any(isinstance(each, Graphed) for each in block.modules()):
             continue
-        group = groups.get(dispatcher.group) or groups.setdefault(dispatcher.group, urgent(dispatcher.group))
-        settings.of_known_sizes = AllGather(group, dispatcher.num_local_experts)
+        settings.of_known_sizes = AllGather(urgent(dispatcher.group), dispatcher.num_local_experts)
         vars(block)["_moe_accel_graphs"] = BlockGraphs(agreement)
         become(block, Graphed)
         blocks.append(block)

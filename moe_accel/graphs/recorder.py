@@ -136,18 +136,22 @@ class Recorder:
         return event
 
     def compute_beside(self, products: Sequence[Product]) -> list[Tensor]:
-        """What the graph that was started last leaves to be computed, as soon as operands are made, while that goes on:
-        rows travel then. What needs memory of its own comes behind. The current stream waits for all of it."""
-        current, beside = torch.cuda.current_stream(), [each for each in products if each.takes_out]
+        """What the graph that was started last leaves to be computed, while it goes on: not before operands are made,
+        all of them, since rows leave only then. What needs memory of its own comes behind. The current stream waits.
+        """
+        current, beside = torch.cuda.current_stream(), [each for each in products if each.may_be_beside]
         outs = [torch.empty_like(each.matrices) for each in beside]  # the current stream's, as all gradients are
         if beside:
-            with torch.cuda.stream(self._stream_beside):
-                for each, out in zip(beside, outs, strict=True):
-                    each.made.wait()
-                    each.compute(*each.operands, out=out)
-            current.wait_stream(self._stream_beside)
-        made = iter(outs)
-        return [next(made) if each.takes_out else each.compute(*each.operands) for each in products]
+            try:
+                with torch.cuda.stream(self._stream_beside):
+                    for each in beside:
+                        each.made.wait()
+                    for each, out in zip(beside, outs, strict=True):
+                        each.compute(*each.operands, out=out)
+            finally:
+                current.wait_stream(self._stream_beside)
+        computed = iter(outs)
+        return [next(computed) if each.may_be_beside else each.compute(*each.operands) for each in products]
 
     def borrow(self, tensor: Tensor) -> Tensor:
         """The same values at the same address, which does not keep the memory; the tensor itself if it has gaps."""
@@ -163,7 +167,6 @@ class Recorder:
             self._stream_beside = self._stream_beside or torch.cuda.Stream()
             self._recorded_era = self.era
             self._graphs.clear()
-            torch.cuda.empty_cache()  # while it is recorded, torch gives back nothing, and fails where that is needed
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -172,6 +175,7 @@ class Recorder:
 
     def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """What starts again all that `work` starts on the GPU; and what `work` made, whose values then change."""
+        _make_room()
         graph = torch.cuda.CUDAGraph()
         with garbage.left_alone():  # a model that goes would take its graphs along, and spoil this one (pytorch#161037)
             try:
@@ -209,6 +213,14 @@ class Recorder:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(mode)
+
+
+def _make_room() -> None:
+    """Have torch give back what it holds and does not use, if that is more than is free: while it records, it does not,
+    and fails where there is no more."""
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if unused > torch.cuda.mem_get_info()[0]:
+        torch.cuda.empty_cache()
 
 
 class _Memory:

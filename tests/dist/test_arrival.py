@@ -113,6 +113,32 @@ def test_what_needs_no_rows_is_computed_before_they_are_waited_for(gathers, auto
             torch.testing.assert_close(known, usual, **({"rtol": 2e-2, "atol": 2e-2} if autocasts else {}))
 
 
+def failing():
+    """What has arrived when the script goes on after an error behind a dispatch."""
+    from types import SimpleNamespace
+
+    from moe_accel.dispatch import AllGather
+    from moe_accel.experts import Settings, function
+
+    dist.init_process_group("gloo")
+    log, transport = [], AllGather(dist.group.WORLD, E // 2)
+    bring_late(log)
+
+    def fail(*_):
+        raise ValueError
+
+    function.sort_with_room = fail
+    settings = Settings(ep_size=2, ep_rank=dist.get_rank(), of_known_sizes=transport)
+    given = torch.randn(N, H), torch.rand(N, E).argsort(1)[:, :K], torch.rand(N, K)
+    with pytest.raises(ValueError):
+        function._with_known_sizes(SimpleNamespace(num_experts=E), settings, *given)
+    return log
+
+
+def test_after_an_error_nothing_is_written_any_more():
+    assert run_ranks(failing, 2) == [[CHOICES, ROWS]] * 2
+
+
 def of_gloo():
     from moe_accel.ranks import urgent
 

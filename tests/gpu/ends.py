@@ -61,6 +61,7 @@ def be_rank(way: str, device: str) -> None:
     from torch import distributed as dist
 
     from moe_accel import MoEConfig
+    from moe_accel.experts import settings_of
     from moe_accel.graphs.agreement import Decision
     from tests.families import build_tiny, tiny_inputs, tiny_loss
 
@@ -75,6 +76,10 @@ def be_rank(way: str, device: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     graphs = vars(model.model.layers[0].mlp)["_moe_accel_graphs"]
+    transport = settings_of(model.model.layers[0].mlp.experts).of_known_sizes
+    if device == "cuda":
+        own = transport.group._get_backend(accelerator.device)
+        assert own.options.is_high_priority_stream, "exchanges wait for what is computed beside them"
     if graphs.agreement.decision is Decision.PLAY and graphs.recording.num_played >= STEPS - 3:
         print(DONE, flush=True)
     if way == "end_training":

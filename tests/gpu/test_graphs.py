@@ -128,15 +128,15 @@ def negated(values, out=None):
     return torch.neg(values, out=out)
 
 
-@pytest.mark.parametrize("takes_out", [True, False])
-def test_what_a_graph_leaves_is_computed_with_what_it_made_and_where_it_can_while_that_goes_on(takes_out):
+@pytest.mark.parametrize("may_be_beside", [True, False])
+def test_what_a_graph_leaves_is_computed_with_what_it_made_and_where_it_can_while_that_goes_on(may_be_beside):
     recorder, x = graphs.Recorder(), torch.zeros(1 << 20, device="cuda")
     products, first, last = later.Products(recorder.mark), *torch.zeros(2, 1 << 20, device="cuda")
 
     def work():
         torch.cuda._sleep(20_000_000)
         first.copy_(x)
-        later.gradient(products, x, negated, first, takes_out=takes_out)
+        later.gradient(products, x, negated, first, may_be_beside=may_be_beside)
         torch.cuda._sleep(500_000_000)
         last.copy_(x)
 
@@ -154,4 +154,4 @@ def test_what_a_graph_leaves_is_computed_with_what_it_made_and_where_it_can_whil
         beside.append(not graph_ended.query())
         assert (found + value).abs().max().item() == 0  # by the current stream, which waits for both
         assert (last == value).all()
-    assert not takes_out or beside[1:] == [True] * 2  # at first, the kernel is loaded, which waits for the device
+    assert not may_be_beside or beside[1:] == [True] * 2  # at first, the kernel is loaded, which waits for the device
