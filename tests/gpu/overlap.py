@@ -143,7 +143,6 @@ def be_rank(args: argparse.Namespace) -> None:
         command = shlex.join(["python", "-m", "tests.gpu.overlap", *given])
         about = {"command": command, "date": datetime.now(UTC).isoformat(timespec="seconds")}
         args.out.write_text(json.dumps(about | several_main.about(job) | {"ways": found}, indent=1) + "\n")
-    dist.barrier()
     dist.destroy_process_group()
     sys.exit(is_wrong)
 
