@@ -134,7 +134,8 @@ def parse_section(section: Any, where: str = SECTION) -> MoEOptions:
     options = MoEOptions(**{key: value for key, value in section.items() if key in OPTION_NAMES})
     problems += options.problems()
     if problems:
-        raise ConfigError.collect(problems, where, f"the keys are {', '.join(OPTION_NAMES)}")
+        hint = f"the keys are {', '.join(OPTION_NAMES)}" if unknown else None  # values say themselves what they may be
+        raise ConfigError.collect(problems, where, hint)
     return options
 
 
@@ -183,9 +184,9 @@ def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the config file {file}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot read the config file {file}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid yaml or JSON: {error}") from error
+        raise ConfigError(f"{file} is not valid yaml or JSON: {error}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file} must hold a mapping of sections, not {type(loaded).__name__}")
     return loaded
@@ -209,7 +210,7 @@ def parse_env(value: str) -> MoEOptions:
         try:
             return parse_section(json.loads(text), ENV_VAR)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{ENV_VAR} is not valid JSON: {error}") from error
+            raise ConfigError(f"{ENV_VAR} is not valid JSON: {error}") from None
     loaded = read_config_file(text)
     if SECTION in loaded:
         return parse_section(loaded[SECTION], f"{text}: {SECTION}")

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_accel.config import OPTION_NAMES, MoEOptions
+from moe_accel.config import ENV_VAR, OPTION_NAMES, MoEOptions
 from moe_accel.errors import ConfigError
 from moe_accel.mesh import build_sparse_mesh, check_ranks
 
@@ -93,7 +93,9 @@ class MoEConfig(ParallelismConfig):
                 raise ConfigError(
                     f"ep_size={self.ep_size} needs distributed_type FSDP, not {found} "
                     f"(num_processes={state.num_processes})",
-                    "in the accelerate config write\ndistributed_type: FSDP\nfsdp_config: {fsdp_version: 2}",
+                    "in the accelerate config write\ndistributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\n"
+                    f"and without one, as with torchrun, let {ENV_VAR} be the path of such a file, or export\n"
+                    "ACCELERATE_USE_FSDP=true FSDP_VERSION=2",
                 )
             if state.fsdp_plugin.fsdp_version != 2:
                 raise ConfigError(

@@ -51,6 +51,13 @@ def python_path(*first: Path) -> str:
     return os.pathsep.join([*map(str, first), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+def num_gpus() -> int:
+    """That this process may see. The only one here that imports torch; counting takes no GPU."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 PORTS = 15_000, 32_000
 """Below those that systems give out by themselves: one of these may be taken before the ranks have it."""
 

@@ -77,18 +77,22 @@ def test_an_ep_size_that_is_no_whole_number_is_refused(value):
 
 
 CONFIG_LINES = "in the accelerate config write\n"
+WITHOUT_CONFIG = (
+    "and without one, as with torchrun, let MOE_ACCEL_CONFIG be the path of such a file, or export\n"
+    "ACCELERATE_USE_FSDP=true FSDP_VERSION=2"
+)
 REFUSED = {
     "no-fsdp": (
         {"distributed_type": DistributedType.MULTI_GPU},
         {"ep_size": 2},
         "ep_size=2 needs distributed_type FSDP, not MULTI_GPU (num_processes=8)",
-        f"{CONFIG_LINES}distributed_type: FSDP\nfsdp_config: {{fsdp_version: 2}}",
+        f"{CONFIG_LINES}distributed_type: FSDP\nfsdp_config: {{fsdp_version: 2}}\n{WITHOUT_CONFIG}",
     ),
     "one-process": (
         {"distributed_type": DistributedType.NO, "num_processes": 1},
         {"ep_size": 4},
         "ep_size=4 needs distributed_type FSDP, not NO (num_processes=1)",
-        f"{CONFIG_LINES}distributed_type: FSDP\nfsdp_config: {{fsdp_version: 2}}",
+        f"{CONFIG_LINES}distributed_type: FSDP\nfsdp_config: {{fsdp_version: 2}}\n{WITHOUT_CONFIG}",
     ),
     "fsdp-version-1": (
         {"fsdp_plugin": SimpleNamespace(fsdp_version=1)},
