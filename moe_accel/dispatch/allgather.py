@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_accel.dispatch.halves import Arrival, Exchange, scaled, travel
+from moe_accel.dispatch.halves import Arrival, Exchange, handed_on, scaled, travel
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
 
@@ -60,7 +60,7 @@ class AllGather:
         scale: float = 1.0,
         arrival: Arrival | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, AllGatherHandle]:
-        """See `Dispatcher.dispatch`. With an `arrival`, x is under way until the caller waits for that."""
+        """See `Dispatcher.dispatch`. Where an `arrival` is awaited, x is under way until then."""
         transfer = _Transfer(self, choices, handle, arrival)
         x_r, weights_r = travel(x, weights, transfer, beside, scale)
         return x_r, transfer.handle.choices, weights_r, transfer.handle
@@ -116,11 +116,7 @@ class _Transfer:
         small = of_choices.arrived()
         if self.known is None:
             self.known = AllGatherHandle(self.transport.local(small[:, self.top_k :]))
-        if self.arrival is None:
-            of_x.arrived()
-        else:
-            self.arrival.expect(of_x)
-        return of_x.coming, small[:, : self.top_k].to(self.weights_dtype)
+        return handed_on(of_x, self.arrival), small[:, : self.top_k].to(self.weights_dtype)
 
     def launch_back(self, x_grad: Tensor, weights_grad: Tensor) -> None:
         both = zip((x_grad, weights_grad), self.needs, strict=True)
@@ -145,11 +141,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         exchange = _gathering(scaled(gradients[0], ctx.scale), ctx.transport)
-        if ctx.arrival is None or not ctx.arrival.is_awaited:
-            exchange.arrived()
-        else:
-            ctx.arrival.expect(exchange)
-        return exchange.coming, None, None, None, None
+        return handed_on(exchange, ctx.arrival), None, None, None, None
 
 
 def _gathering(rows: Tensor, transport: AllGather) -> Exchange:

@@ -68,8 +68,8 @@ class Arrival:
         is_awaited: whether somebody has said that they will be waited for, so that they may be handed on.
     """
 
-    def __init__(self) -> None:
-        self.is_awaited, self._exchange = False, None
+    def __init__(self, is_awaited: bool = False) -> None:
+        self.is_awaited, self._exchange = is_awaited, None
 
     def expect(self, exchange: Exchange) -> None:
         """These are under way."""
@@ -81,6 +81,14 @@ class Arrival:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.arrived()
+
+
+def handed_on(exchange: Exchange, arrival: Arrival | None) -> Tensor:
+    """The rows received: under way where an `arrival` is awaited, else the current stream waits for them now."""
+    if arrival is None or not arrival.is_awaited:
+        return exchange.arrived()
+    arrival.expect(exchange)
+    return exchange.coming
 
 
 def travel(

@@ -229,7 +229,7 @@ def _with_known_sizes(module: Any, settings: Settings, x: Tensor, choices: Tenso
     dispatcher: Any = settings.of_known_sizes  # an `AllGather`
     of_output, x = x.dtype, x if settings.dtype is None else x.to(settings.dtype)
     beside, scale = settings.beside and settings.beside.work(), float(settings.ep_size)
-    there, back = Arrival(), Arrival()
+    there, back = Arrival(is_awaited=True), Arrival()
     try:
         x_r, choices_r, weights_r, handle = dispatcher.dispatch(x, choices, weights, None, beside, scale, there)
         routing = sort_with_room(choices_r, module.num_experts // settings.ep_size)

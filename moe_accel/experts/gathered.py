@@ -130,26 +130,31 @@ class _Inner(torch.autograd.Function):
             clear_behind(a, stop, OUTER_ROWS)
             clear_behind(u_grad, stop, OUTER_ROWS)
         x_grad = up_grad = down_grad = None
-        of_up, of_down = (ctx.later is not None and each.dtype == x.dtype for each in (up, down))
         if needs_down:
-            compute = partial(_gradient, down, True, PROGRAMS_BESIDE if of_down else 1, *tiles)
-            down_grad = later.gradient(ctx.later, down, compute, gradient, a, sources, may_be_beside=of_down)
+            down_grad = _now_or_later(ctx.later, down, True, tiles, gradient, a, sources)
         del a
         if needs_x:
             x_grad = sum_copies(multiply(u_grad, up_, tiles), RowMap(sources, copies, starts, stop=stop))
         if needs_up:
-            compute = partial(_gradient, up, False, PROGRAMS_BESIDE if of_up else 1, *tiles)
-            up_grad = later.gradient(ctx.later, up, compute, u_grad, x, sources, may_be_beside=of_up)
+            up_grad = _now_or_later(ctx.later, up, False, tiles, u_grad, x, sources)
         return x_grad, up_grad, down_grad, weight_grad if needs_weight else None, *(None,) * 10
 
 
-def _gradient(matrices: Tensor, is_left: bool, programs: int, *given: Tensor, out: Tensor | None = None) -> Tensor:
+def _now_or_later(
+    products: later.Products | None, matrices: Tensor, is_left: bool, tiles: Tiles, left: Tensor, *others: Tensor
+) -> Tensor | None:
+    """The gradient of matrices, beside what goes on where nothing has to be cast."""
+    compute, is_exact = partial(_gradient, matrices, is_left, *tiles), matrices.dtype == left.dtype
+    return later.gradient(products, matrices, compute, left, *others, may_be_beside=is_exact)
+
+
+def _gradient(matrices: Tensor, is_left: bool, *given: Tensor, out: Tensor | None = None) -> Tensor:
     """Of matrices in the dtype that they are kept in, and in their strides; see `outer_of_gathered`.
 
-    out: like the matrices, where they are in the dtype of the products.
+    out: like the matrices, where they are in the dtype of the products; for what is computed beside exchanges.
     """
     *tiles, left, right, sources = given
-    into = None if out is None else out.transpose(1, 2)
+    into, programs = (None, 1) if out is None else (out.transpose(1, 2), PROGRAMS_BESIDE)
     found = outer_of_gathered(left, right, sources, Tiles(*tiles), is_left, programs, into).transpose(1, 2)
     return found.to(matrices.dtype) if out is None else out
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.gpu.processes import FSDP2, num_gpus, python_path, run_ranks
+from tests.gpu.processes import FSDP2, check_gpus, python_path, run_ranks
 
 WAYS = {
     "returns": "nothing",
@@ -32,8 +32,7 @@ def main() -> None:
     if args.rank:
         be_rank(args.rank, args.device)
         return
-    if args.device == "cuda" and num_gpus() < args.gpus:
-        sys.exit(f"--gpus {args.gpus}, but {num_gpus()} are here; --device cpu runs over gloo")
+    check_gpus(args.gpus, args.device)
     failed = False
     for way, how in WAYS.items():
         command = [sys.executable, "-m", "tests.gpu.ends", "--device", args.device, "--rank", way]

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,11 +52,12 @@ def python_path(*first: Path) -> str:
     return os.pathsep.join([*map(str, first), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def num_gpus() -> int:
-    """That this process may see. The only one here that imports torch; counting takes no GPU."""
+def check_gpus(needed: int, device: str) -> None:
+    """Exit with a message where ranks on `cuda` lack GPUs. Imports torch, as nothing else here does."""
     import torch
 
-    return torch.cuda.device_count()
+    if device == "cuda" and (found := torch.cuda.device_count()) < needed:
+        sys.exit(f"--gpus {needed}, but {found} are here; --device cpu runs over gloo")
 
 
 PORTS = 15_000, 32_000
