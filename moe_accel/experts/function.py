@@ -32,7 +32,20 @@ from moe_accel.kernels import te, te_rows
 from moe_accel.kernels.grouped import TORCH
 
 NAME = "moe_accel"
-_sizes_are_known: ContextVar[bool] = ContextVar("sizes_are_known", default=False)
+
+
+@dataclass(frozen=True)
+class KnownSizes:
+    """How expert parallelism is computed in tensors of known sizes.
+
+    Attributes:
+        behind: [N,1] bool, which tokens are only room for more, and choose no expert; None: all are there.
+    """
+
+    behind: Tensor | None = None
+
+
+_known_sizes: ContextVar[KnownSizes | None] = ContextVar("known_sizes", default=None)
 
 
 @dataclass
@@ -154,19 +167,20 @@ def settings_of(module: nn.Module) -> Settings:
 
 
 @contextmanager
-def known_sizes(products: Products | None = None) -> Iterator[None]:
+def known_sizes(products: Products | None = None, behind: Tensor | None = None) -> Iterator[None]:
     """A block in which expert parallelism is computed in tensors whose sizes do not depend on what routers choose, so
     that it can be recorded: tokens go to all ranks, and there is room for the most rows that experts can get.
 
-    For what has `Settings.of_known_sizes`, and the same number of tokens on all ranks. No load is counted: see
-    `count_again`. `products`: where backward puts gradients of weights that it leaves to its caller, see `later.py`.
+    For what has `Settings.of_known_sizes`, and the same number of tokens on all ranks, of which some may be `behind`
+    those that are there, see `KnownSizes`. No load is counted: see `count_again`. `products`: where backward puts
+    gradients of weights that it leaves to its caller, see `later.py`.
     """
-    before = _sizes_are_known.set(True)
+    before = _known_sizes.set(KnownSizes(behind))
     try:
         with collecting(products):
             yield
     finally:
-        _sizes_are_known.reset(before)
+        _known_sizes.reset(before)
 
 
 def count_again(settings: Settings) -> None:
@@ -201,7 +215,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 @torch.compiler.disable  # row counts are data: a compiled graph would be made anew for every batch
 def _expert_parallel(module: Any, settings: Settings, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
     """`combine(experts(dispatch(x)))`, with the gradient scale of `scale.py` in the first and the last."""
-    if _sizes_are_known.get() and settings.of_known_sizes is not None:
+    sizes = _known_sizes.get()
+    if sizes is not None and settings.of_known_sizes is not None:
+        choices = choices if sizes.behind is None else choices.masked_fill(sizes.behind, -1)
         return _with_known_sizes(module, settings, x, choices, weights)
     dispatcher: Any = settings.dispatcher
     num_local_experts = module.num_experts // settings.ep_size

@@ -3,7 +3,8 @@
 With sequences of one length an attention module gets the same shapes in every step. So it is computed as ever twice,
 and recorded in the third step, forward and backward, each as a graph of everything that is started for it. Its calls
 of the same kind copy their inputs to where the graph reads them, and start it. Experts get other numbers of rows every
-time: in expert parallelism whole blocks are recorded in tensors that do not depend on it, see `blocks.py`.
+time: in expert parallelism whole blocks are recorded in tensors that do not depend on it, see `blocks.py`; and where
+batches have other numbers of tokens in every step, for the most of them, see `sizes.py`.
 
 A graph knows addresses and nothing else. What a call depends on besides its tensors is looked at every time: that
 parameters are those that were recorded, where they were, and wanted gradients or not, that nobody changed an attribute
@@ -67,8 +68,7 @@ def install(
         stays = f"; FSDP2 leaves {short(sum(each.numel() for each in kept))} weights gathered" if gathers else ""
         said = [f"attention of {len(attention)} layers as CUDA graphs, from the fifth of equal steps on{stays}"]
     if blocks:
-        tokens = f"for as many tokens on all ranks, {MOST_TOKENS:,} at most"
-        said.append(f"blocks with experts of {len(blocks)} layers likewise, {tokens}")
+        said.append(f"blocks with experts of {len(blocks)} layers likewise, for {MOST_TOKENS:,} tokens a rank at most")
     elif why_not is None or why_not:
         said.append(
             f"no CUDA graphs of blocks with experts: {why_not or 'attention is in them, or a forward of their own'}"

@@ -2,6 +2,9 @@
 
 At the first block of a forward each rank tells all others, through their hosts, what it knows (`State`); what follows
 from all states is the same on every rank. A rank for itself decides nothing: it would exchange tokens with nobody.
+
+Where all have the same number of tokens three times in a row, blocks are recorded for so many; else, where only that
+changes, for the most that any rank has had in some forwards.
 """
 
 import weakref
@@ -13,12 +16,17 @@ import torch
 import torch.distributed as dist
 
 from moe_accel.graphs.calls import Given
-from moe_accel.graphs.module import CALLS, OTHER_CALLS
+from moe_accel.graphs.module import CALLS, OTHER_CALLS, RECORDINGS
 from moe_accel.graphs.recorder import Recorder
+from moe_accel.graphs.sizes import AS_GIVEN, AsGiven, Capacity, by_token, num_tokens
 from moe_accel.ranks import group_of_hosts
 
 WAITING = 100
 """Forwards without three alike on all ranks, after which they stop to ask each other."""
+RAGGED = 10
+"""Forwards with other numbers of tokens, one after the other, from the most of which a capacity is chosen."""
+TOO_MANY = 20
+"""Forwards, beyond one in ten, with more tokens than there is room for, after which there is made more."""
 MOST_TOKENS = 4096
 """Of a rank. 12 layers of Qwen3-30B-A3B's shapes on two H200: with so many the host takes 110 of 130 ms a step, and 58
 of 100 once blocks are recorded. More were not measured: the GPU, which computes more in recorded blocks, waits less."""
@@ -39,6 +47,7 @@ class State(NamedTuple):
     Attributes:
         num_tokens: that the first block was called with; -1 for a call that cannot be recorded.
         calls: so many came with as many, one after the other.
+        is_alike: whether this one is as the one before but for the number of tokens, of which a block may be given any.
         has_ended: nothing is to be played any more.
         may_record: no forward that was played without a trial waits for its backward.
         recorded: whether something is.
@@ -50,6 +59,7 @@ class State(NamedTuple):
 
     num_tokens: int
     calls: int
+    is_alike: bool
     has_ended: bool
     may_record: bool
     recorded: bool
@@ -65,21 +75,27 @@ class Agreement:
     Attributes:
         why_ended: why all is computed as ever, for good: empty where it is for a rank to say; None: it is not.
         decision: of this forward.
+        sizes: for which blocks are recorded.
     """
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
         self.why_ended: str | None = None
         self.decision = Decision.COMPUTE
+        self.sizes: AsGiven = AS_GIVEN
         self._group: Any = None
         # Blocks, which have this: in this forward, in the one before, and ever.
         self._called: list[weakref.ref[Any]] = []
         self._members: list[weakref.ref[Any]] = []
         self._all: weakref.WeakSet[Any] = weakref.WeakSet()
         self._kind: Any = None
+        self._kind_by_token: Any = None
         self._begins = True
         self._tokens = -1
         self._calls = self._other_calls = self._waited = 0
+        # Forwards with any number of tokens that were alike, the most tokens in them, and how often they were too many.
+        self._ragged = self._most = 0
+        self._too_many, self._varies = 0.0, False
 
     def __deepcopy__(self, memo: dict) -> "Agreement":
         copied = memo[id(self)] = Agreement(memo.get(id(self.recorder)) or self.recorder.__deepcopy__(memo))
@@ -101,33 +117,33 @@ class Agreement:
         # The first one again: somebody calls a part of the model, without its hook.
         if self._begins or self._called[0]() is block:
             self._members, self._called, self._begins = self._called, [], False
-            self._tokens = _num_tokens(found)
+            self._tokens = num_tokens(found)
             self.decision = self._decide(self._of_all_ranks(self._state(block, found)))
         elif any(each() is block for each in self._called):
             block.why_not = "called more than once in a forward"
-        elif found is not None and _num_tokens(found) != self._tokens >= 0:
+        elif found is not None and num_tokens(found) != self._tokens >= 0:
             block.why_not = "called with another number of tokens than the first block, which alone ranks compare"
         self._called.append(weakref.ref(block))
         return self.decision
 
     def _state(self, first: Any, found: Given | None) -> State:
-        if found is None:
-            self._calls = 0
-        else:
-            self._calls = self._calls + 1 if found.kind == self._kind else 1
-            self._kind = found.kind
+        self._calls = self._calls + 1 if found is not None and found.kind == self._kind else int(found is not None)
+        kind = found and by_token(found)
+        is_alike = kind is not None and kind == self._kind_by_token
+        self._kind, self._kind_by_token = found and found.kind, kind
         members = [each for each in (each() for each in self._members) if each is not None]
         recorded = [each for each in members if each.recording is not None]
         own, recorder = first.recording, self.recorder
         is_busy = any(each.recording.is_pending for each in recorded)
-        about_to_record = not recorded and self._calls > CALLS
+        about_to_record = not recorded and (self._calls > CALLS or self._ragged >= RAGGED)
         return State(
             num_tokens=self._tokens,
             calls=self._calls,
+            is_alike=is_alike,
             has_ended=recorder.has_failed or any(each.has_ended(about_to_record) for each in self._all),
             may_record=recorder.may_record,
             recorded=bool(recorded),
-            fits=own is not None and found is not None and own.kind == found.kind,
+            fits=own is not None and found is not None and own.takes(found),
             is_stale=not all(each.is_as_recorded() for each in recorded),
             is_busy=is_busy or (own is not None and not recorder.may_play(own)),
             is_due=any(each.recording.trial.is_due for each in recorded),
@@ -144,7 +160,8 @@ class Agreement:
     def _decide(self, ranks: Sequence[State]) -> Decision:
         """The same on all ranks, as it depends on nothing but what all were told, now and before."""
         tokens = [each.num_tokens for each in ranks]
-        is_usual = min(tokens) == max(tokens) and 0 < max(tokens) <= MOST_TOKENS
+        may_be_ragged = self._note_most(ranks)
+        is_usual = min(tokens) == max(tokens) and 0 < max(tokens) <= MOST_TOKENS and not self._varies
         is_recorded = any(each.recorded for each in ranks)
         self._waited = 0 if is_recorded else self._waited + 1
         if any(each.has_ended for each in ranks):
@@ -152,20 +169,38 @@ class Agreement:
         if self._waited > WAITING:
             return self._end(_why_unusual(tokens))
         if is_recorded:
-            return self._of_recorded(ranks, is_usual)
-        if not is_usual:
-            self._calls = 0
-            return Decision.COMPUTE
-        are_alike = min(each.calls for each in ranks) > CALLS
-        return Decision.RECORD if are_alike and all(each.may_record for each in ranks) else Decision.COMPUTE
+            return self._of_recorded(ranks, may_be_ragged)
+        self._calls = self._calls if is_usual else 0
+        may_record = all(each.may_record for each in ranks)
+        if is_usual and min(each.calls for each in ranks) > CALLS and may_record:
+            self.sizes = AS_GIVEN
+            return Decision.RECORD
+        if may_be_ragged and self._ragged > RAGGED and may_record:
+            self.sizes = Capacity(self._most, self.recorder.device_type)
+            return Decision.RECORD
+        return Decision.COMPUTE
 
-    def _of_recorded(self, ranks: Sequence[State], is_usual: bool) -> Decision:
-        fits = is_usual and all(each.fits and not each.is_busy for each in ranks)
-        if not fits:
+    def _note_most(self, ranks: Sequence[State]) -> bool:
+        """Whether these calls are alike but for their tokens, and these not too many; so many they were at most."""
+        tokens = [each.num_tokens for each in ranks]
+        if not all(each.is_alike for each in ranks):
+            self._ragged, self._most, self._too_many, self._varies = 0, 0, 0.0, False
+            return False
+        is_within = min(tokens) > 0 and max(tokens) <= MOST_TOKENS
+        if is_within:
+            self._ragged, self._most = self._ragged + 1, max(self._most, *tokens)
+        return is_within
+
+    def _of_recorded(self, ranks: Sequence[State], may_be_ragged: bool) -> Decision:
+        is_busy = any(each.is_busy for each in ranks)
+        if not all(each.fits for each in ranks) or is_busy:
             self._other_calls += 1
+            self._too_many += may_be_ragged and not is_busy
             is_for_good = self._other_calls > OTHER_CALLS or not all(each.recorded for each in ranks)
+            if self._too_many > TOO_MANY and all(each.recorded < RECORDINGS for each in self._all):
+                is_for_good = self._varies = True
             return self._renew() if is_for_good else Decision.COMPUTE
-        self._other_calls = 0
+        self._other_calls, self._too_many = 0, max(0.0, self._too_many - 0.1)
         if any(each.is_stale for each in ranks):
             return self._renew()
         return Decision.TRY if any(each.is_due for each in ranks) else Decision.PLAY
@@ -173,7 +208,8 @@ class Agreement:
     def _renew(self) -> Decision:
         """Let all be recorded anew, in one later forward."""
         self.recorder.renew_all()
-        self._calls = self._other_calls = 0
+        self._calls = self._other_calls = self._ragged = 0
+        self._too_many = 0.0
         for each in self._all:
             each.drop()
         self.recorder.let_go()
@@ -191,17 +227,11 @@ class Agreement:
         return Decision.COMPUTE
 
 
-def _num_tokens(found: Given | None) -> int:
-    """Of a block's call; -1 where it cannot be recorded."""
-    return -1 if found is None else sum(each.shape[:-1].numel() for each in found.tensors[:1])
-
-
 def _why_unusual(tokens: Sequence[int]) -> str:
     """Of the last forward, on all ranks."""
     if min(tokens) < 0:
         return ""
-    if min(tokens) != max(tokens):
-        return f"other numbers of tokens on other ranks, {min(tokens):,} to {max(tokens):,} in one step"
-    if 0 < max(tokens) <= MOST_TOKENS:
-        return "no three forwards in a row with as many tokens, or none without another's backward to come"
-    return f"{max(tokens):,} tokens on each rank: some, and {MOST_TOKENS:,} at most"
+    if min(tokens) > 0 and max(tokens) <= MOST_TOKENS:
+        return "no forwards in a row that are alike, or none without another's backward to come"
+    told = f"{max(tokens):,}" if min(tokens) == max(tokens) else f"{min(tokens):,} to {max(tokens):,}"
+    return f"{told} tokens on each rank: some, and {MOST_TOKENS:,} at most"

@@ -2,9 +2,9 @@
 
 A recorded block exchanges tokens with other ranks, so what one of them does all have to do: play it, record it, or
 compute it as ever. They agree on that once in a forward of the model, at its first block, through their hosts: whether
-each has been called with the same number of tokens as before, and as the others, and finds its blocks as they were
-recorded. What is recorded is computed in tensors of known sizes (`experts.known_sizes`); the module's own computation,
-which a trial compares with, is the usual one.
+each has been called as before, with no more tokens than there is room for, and finds its blocks as they were recorded.
+What is recorded is computed in tensors of known sizes (`experts.known_sizes`); the module's own computation, which a
+trial compares with, is the usual one.
 
 It takes the GPU longer, since what is kept of an expert's first projection otherwise is computed once more in backward,
 and spares the host some hundred launches and one wait a layer: for few tokens a GPU.
@@ -14,6 +14,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from moe_accel.graphs.agreement import Agreement, Decision
 from moe_accel.graphs.calls import Given, Unusual, Watched, given
 from moe_accel.graphs.module import RECORDINGS, Graphs, check_surroundings
 from moe_accel.graphs.record import Recording
+from moe_accel.graphs.sizes import Capacity
 from moe_accel.ranks import before_groups_end, gather
 
 MOST_RANKS = 8
@@ -160,7 +162,7 @@ class BlockGraphs(Graphs):
         # called, or not so (checkpointed), in the forward in which all recorded: above.
         if recording.is_pending or not self.recorder.may_play(recording):
             return own(*args, **kwargs)
-        if recording.kind != found.kind or not recording.watched.is_same(module):
+        if not (recording.takes(found) and recording.watched.is_same(module)):
             raise RuntimeError(
                 f"cuda_graphs: {type(module).__name__} was changed, or called unlike in the steps before, after all "
                 "ranks had agreed to play what is recorded\nhint: moe_config: {cuda_graphs: attention}"
@@ -188,10 +190,12 @@ class BlockGraphs(Graphs):
     def _record_now(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
         """Record this call, as all ranks do: each computes it once more with them, before."""
         self.recorded += 1
+        sizes = self.agreement.sizes
+        around = (
+            partial(experts.known_sizes, behind=sizes.behind) if isinstance(sizes, Capacity) else experts.known_sizes
+        )
         try:
-            self.recording = Recording(
-                self.recorder, Watched(module), own, args, kwargs, found, around=experts.known_sizes
-            )
+            self.recording = Recording(self.recorder, Watched(module), own, args, kwargs, found, around, sizes)
         except torch.OutOfMemoryError as error:  # of this rank: the others would wait for it
             hint = "moe_config: {cuda_graphs: attention} needs no room for all pairs of tokens and experts"
             raise torch.OutOfMemoryError(f"{error}\nhint: {hint}") from error

@@ -15,6 +15,7 @@ from moe_accel.experts.later import Product, Products
 from moe_accel.experts.weights import local
 from moe_accel.graphs.calls import Given, Unusual, Watched, kind_of, packed_in, with_tensors
 from moe_accel.graphs.recorder import Recorder
+from moe_accel.graphs.sizes import AS_GIVEN, AsGiven, copies_to_differentiate, copy
 from moe_accel.graphs.trial import Trial
 
 
@@ -28,12 +29,12 @@ class Played(NamedTuple):
     Attributes:
         turn: how many were before it, and it.
         outputs: the caller's own.
-        own: in a trial, the module's own outputs, with what autograd knows of them.
+        own: in a trial, the module's own outputs, with what autograd knows of them, and the inputs that they are of.
     """
 
     turn: int
     outputs: list[Tensor]
-    own: list[Tensor] | None
+    own: tuple[list[Tensor], list[Tensor]] | None
 
 
 class Recording:
@@ -42,7 +43,7 @@ class Recording:
     What backward needs has memory of its own, which the recorded forward's part of autograd's graph holds here.
 
     Attributes:
-        kind: of the calls that it can play.
+        kind: of the calls that it can play, see `takes`.
         watched: the module as it was.
         number: how many were recorded before it, and it.
         num_played: how often its forward was played.
@@ -61,6 +62,7 @@ class Recording:
         kwargs: dict,
         found: Given,
         around: Callable[[Products], AbstractContextManager] | None = None,
+        sizes: AsGiven = AS_GIVEN,
     ):
         """Record `call`.
 
@@ -74,12 +76,16 @@ class Recording:
             around: in which it is recorded, as ranks do that exchange tokens in it; a trial is computed without. They
                 play it together, also where one of them has found a fault. It is given a list for the gradients that
                 its backward leaves to be computed.
+            sizes: what it is recorded for.
 
         Raises:
-            Unusual: it is on another stream than those before, or its output is neither tensors nor plain.
+            Unusual: it is on another stream than those before, or its output is neither tensors nor plain, or its
+                tensors are not of such sizes.
             RuntimeError: it does what a graph cannot.
         """
-        self.kind, self.watched = found.kind, watched
+        if sizes.kind_of(found) is None:
+            raise Unusual("tensors that are not of each token")
+        self.kind, self.watched, self._sizes = sizes.kind_of(found), watched, sizes
         self.num_played, self._turn, self.is_alone = 0, None, False
         self.number, self.era, self._recorder = recorder.number(), recorder.era, recorder
         self.trial, self._around = Trial(recorder.round, exactly=around is None), around
@@ -87,18 +93,19 @@ class Recording:
         self._later: list[Product] = []
         self._left = Products(recorder.mark)  # by the backward that is recorded
         self._autocast, self._device_type = found.autocast, recorder.device_type
-        self._inputs = [each.detach().clone().requires_grad_(each.requires_grad) for each in found.tensors]
-        args, items = with_tensors((args, tuple(kwargs.items())), iter(self._inputs))
-        self._given = args, dict(items)
-        self._packed = packed_in(args, dict(items))  # where their sequences begin is read from there
+        self._inputs = sizes.room_for(found.tensors)
+        self._given = with_tensors((args, tuple(kwargs.items())), iter(self._inputs))
+        self._packed = packed_in(args, kwargs)  # where their sequences begin is read from there
         # The same memory under other names: autograd ties what accumulates a gradient to the stream of its first use.
         self._aliases = {each: nn.Parameter(local(each).detach()) for each in self._trained}
         self._leaves = [*self._inputs, *self._aliases.values()]
         self._sources = [each for each in self._leaves if each.requires_grad]
+        self._num_inputs = sum(each.requires_grad for each in self._inputs)  # among those
         # Backward is recorded in a forward, and must not be under its autocast; forward sets its own.
         with recorder.beside(), torch.autocast(self._device_type, enabled=False):
             with recorder.refusing_to_wait():  # what is made at a first call is made here, not recorded
-                _, outputs = self._compute_recorded(call)
+                made, outputs = self._compute_recorded(call)
+            sizes.check(made)
             wanting = [each.detach() for each in outputs if each.requires_grad]
             self._gradients = [recorder.gradient(*each) for each in enumerate(wanting)]
             self._differentiate_recorded(outputs)
@@ -120,28 +127,23 @@ class Recording:
 
     def _compute_recorded(self, call: Callable) -> tuple[Any, list[Tensor]]:
         with nullcontext() if self._around is None else self._around(self._left):
-            return self._compute(call)
+            return self._compute(call, self._given)
 
-    def _compute(self, call: Callable) -> tuple[Any, list[Tensor]]:
-        """What `call` makes of the inputs that were copied here, and the tensors in it."""
-        args, kwargs = self._given
+    def _compute(self, call: Callable, given: tuple[Any, Any]) -> tuple[Any, list[Tensor]]:
+        """What `call` makes of arguments and named ones, and the tensors in it."""
+        args, named = given
         on, dtype = self._autocast
         outputs: list[Tensor] = []
         # Casts are recorded, not remembered: autocast's cache is of another moment.
         autocast = torch.autocast(self._device_type, dtype, enabled=on, cache_enabled=False)
         with self.watched.replaced(self._aliases), torch.enable_grad(), autocast:
-            made = call(*args, **kwargs)
+            made = call(*args, **dict(named))
         kind_of(made, outputs)
         return made, outputs
 
-    def _differentiate(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradients of inputs and parameters that want one, in this order."""
-        wanting = [each for each in outputs if each.requires_grad]
-        return list(torch.autograd.grad(wanting, self._sources, self._gradients, allow_unused=True, retain_graph=True))
-
     def _differentiate_recorded(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
         self._left.clear()
-        return self._differentiate(outputs)
+        return _differentiate(outputs, self._sources, self._gradients)
 
     def _found_later(self) -> list[Tensor | None]:
         """What was found, with the gradients that backward left to be computed, which are nobody else's."""
@@ -162,6 +164,10 @@ class Recording:
         """Let no backward come for what was played."""
         self._turn = None
 
+    def takes(self, found: Given) -> bool:
+        """Whether such a call may be played."""
+        return self._sizes.takes(self.kind, found)
+
     def play(self, tensors: Sequence[Tensor], call: Callable, tries: bool = False) -> Any:
         """The output for such tensors of the module, which does `call` itself in a trial.
 
@@ -179,19 +185,23 @@ class Recording:
             token: lives until backward is over, or cannot come.
             call: for a trial, what the module does itself; its outputs are what is used then.
         """
-        _copy([each.detach() for each in self._inputs], tensors)
+        self._sizes.begin(tensors)
+        self._sizes.fill([each.detach() for each in self._inputs], tensors)
         self._forward()
         self.num_played += 1
         self._turn, self._pending, self.is_alone = self.num_played, weakref.ref(token), call is None
         self._recorder.played_forward(self)
+        outputs = [each for each in self._sizes.cut(self._outputs) if each is not None]
         if call is None:
-            return Played(self.num_played, _owned(self._outputs), None)
-        _copy([each.data for each in self._inputs], tensors)  # it may have changed them, and keeps them as they were
-        _, own = self._compute(call)
-        self.trial.compare_outputs(self._outputs, own)
-        return Played(self.num_played, _owned(own), own)
+            return Played(self.num_played, _owned(outputs), None)
+        inputs = copies_to_differentiate(tensors, self._inputs)  # which it may change
+        _, own = self._compute(call, with_tensors(self._given, iter(inputs)))
+        self.trial.compare_outputs(outputs, own)
+        return Played(self.num_played, _owned(own), (own, inputs))
 
-    def backward(self, turn: int, gradients: Sequence[Tensor], own: list[Tensor] | None) -> list[Tensor | None]:
+    def backward(
+        self, turn: int, gradients: Sequence[Tensor], own: tuple[list[Tensor], list[Tensor]] | None
+    ) -> list[Tensor | None]:
         """Gradients of inputs, then of parameters, which are the caller's own; None where there is none.
 
         Args:
@@ -210,17 +220,22 @@ class Recording:
             )
         self._recorder.plays_backward(self)  # as earlier layers will
         wanted = [one for one, wants in zip(gradients, self.wants, strict=True) if wants]
-        _copy(self._gradients, wanted)
+        self._sizes.fill(self._gradients, wanted)
         if self._around is not None or not self.trial.problem:
             self._backward()
         found = self._found_later()
+        lent = [one if one is other else None for one, other in zip(self._found, found, strict=True)]
+        found, lent = (
+            [*self._sizes.cut(each[: self._num_inputs]), *each[self._num_inputs :]] for each in (found, lent)
+        )
         if own is None:
-            lent = [one if one is other else None for one, other in zip(self._found, found, strict=True)]
             found = _owned_where_any(lent, found)
         else:
-            played, found = found, _owned_where_any(self._differentiate(own))
+            outputs, inputs = own
+            sources = [*(each for each in inputs if each.requires_grad), *self._sources[self._num_inputs :]]
+            played, found = found, _owned_where_any(_differentiate(outputs, sources, wanted))
             if not self.trial.problem:
-                self.trial.compare_gradients(played, found, self._gradients)
+                self.trial.compare_gradients(played, found, wanted)
         of_sources = iter(found)
         # As it was recorded: what wants a gradient by now is for autograd to know.
         return [next(of_sources) if each.requires_grad else None for each in self._leaves]
@@ -241,17 +256,17 @@ class _Play(torch.autograd.Function):
         return None, None, None, *ctx.recording.backward(ctx.turn, gradients, own)
 
 
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for dtype in {each.dtype for each in targets}:  # one kernel each
-        pairs = [(one, other) for one, other in zip(targets, sources, strict=True) if one.dtype == dtype]
-        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-            [one for one, _ in pairs], [other for _, other in pairs]
-        )
+def _differentiate(
+    outputs: Sequence[Tensor], sources: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients of sources, by those of the outputs that want one."""
+    wanting = [each for each in outputs if each.requires_grad]
+    return list(torch.autograd.grad(wanting, sources, gradients, allow_unused=True, retain_graph=True))
 
 
 def _owned(tensors: Sequence[Tensor]) -> list[Tensor]:
     copies = [torch.empty_like(each) for each in tensors]
-    _copy(copies, [each.detach() for each in tensors])
+    copy(copies, [each.detach() for each in tensors])
     return copies
 
 

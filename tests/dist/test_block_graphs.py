@@ -61,11 +61,15 @@ def never_even(number, rank):
     return 2 + rank
 
 
-def test_ranks_whose_tokens_are_never_as_many_compute_as_ever_for_good_and_are_told(monkeypatch):
-    ours = both(agreement.WAITING + 3, family="qwen3_moe", rows=never_even)
+def few(model, number):
+    agreement.MOST_TOKENS = 20
+
+
+def test_ranks_that_always_have_too_many_tokens_compute_as_ever_for_good_and_are_told():
+    ours = both(agreement.WAITING + 3, family="qwen3_moe", rows=never_even, before=few)
     assert ours[0]["decided"] == [PLAIN] * (agreement.WAITING + 1)
     for each in ours:
-        why = "other numbers of tokens on other ranks, 18 to 27 in one step"
+        why = "18 to 27 tokens on each rank: some, and 20 at most"
         assert each["said"] == [f"Qwen3MoeSparseMoeBlock is computed without a CUDA graph, because of {why}"]
 
 

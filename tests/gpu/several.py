@@ -10,8 +10,8 @@ Each case is a set of fresh processes; `several_cases.py` says which, in which o
 Full fine-tuning and LoRA (r = 16 on attention and all experts) of Qwen3-30B-A3B's shapes, or those of `--shape`, with
 random weights in bf16, fused AdamW, no checkpointing: one sequence of 4096 tokens a GPU with 6 layers a GPU, four with
 4 layers (what stock transformers fits into 80 GB), and four with 6 layers a GPU. Each with the model's own router, and
-then with a balanced one; the optimizer is timed apart. `--newer` is a folder with a newer transformers: `pip install
---no-deps --target FOLDER`.
+then with a balanced one; the optimizer is timed apart. Ragged: four sequences share 4096 tokens, of which 45 % are
+padding, in every step others. `--newer` is a folder with a newer transformers: `pip install --no-deps --target FOLDER`.
 """
 
 import argparse

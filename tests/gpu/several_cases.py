@@ -60,7 +60,7 @@ UNWRAPPED = ("unwrapped", "compiled", "elastic_unwrapped", *GRAPHS)
 RECOMPUTED = ("stock_recompute", "kept")
 """Arms with gradient checkpointing."""
 NEWER = ("stock_newer", "native_ep")
-KINDS = ("parity", "full", "lora", "load")
+KINDS = ("parity", "full", "lora", "ragged", "load")
 CHECKSUM_TOLERANCE = 1e-9
 """Of sums in fp64 over the weights that were loaded: the order differs, nothing else."""
 
@@ -78,10 +78,11 @@ class Case:
     """One set of processes.
 
     Attributes:
-        kind: `parity` (a short training, with gradient norms), `full` and `lora` (timed), `load` (and save).
+        kind: `parity` (a short training, with gradient norms), `full` and `lora` (timed), `ragged` (as `full`, with
+            padding), `load` (and save).
         arm: see above.
         gpus: ranks, one on each; one process for all their batches in the arm `one`.
-        batch: sequences a rank.
+        batch: sequences a rank; ragged, as many share the tokens of one.
         layers: depth of the model.
     """
 
@@ -136,6 +137,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
         add("full", four, arm)
     add("full", one, "elastic_unwrapped", "elastic_graphs")
     add("lora", one, "stock", "alltoall", "ep1", "unwrapped", "attention_graphs", "graphs")
+    add("ragged", most, "stock", "alltoall", "unwrapped", "graphs")
     add("lora", four, "stock", "alltoall", "ep1")
     add("full", most, "alltoall", "unwrapped", "ep1", "stock", "native_ep")
     add("full", one, "stock_newer")
@@ -231,7 +233,7 @@ def wrong(rows: Rows) -> list[str]:
 def tables(rows: Rows) -> Iterator[str]:
     """Lines of the report."""
     yield from _table(PARITY, [_parity(row, part) for row, part in _parts(rows, "parity")])
-    for kind in ("full", "lora"):
+    for kind in ("full", "lora", "ragged"):
         yield from _table([kind, *TIMES], [_times(row, part, rows) for row, part in _parts(rows, kind)])
     yield from _table(LOAD, [_load(row, part) for row, part in _parts(rows, "load")])
     yield from _table(SCALING, list(_scaling(rows)))

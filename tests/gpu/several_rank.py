@@ -5,10 +5,11 @@ the same ones, however it spreads them and whichever transformers it has.
 """
 
 import gc
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from moe_accel.bench import flops, routing, suites
 from moe_accel.bench.measure import GIB
 from moe_accel.bench.options import Case
 from moe_accel.dispatch import deepep
+from moe_accel.graphs.agreement import RAGGED
 from moe_accel.ranks import gather
 from tests.gpu.several_cases import DEEPEP, GRAPHS, RECOMPUTED, is_mixed
 
@@ -74,12 +76,14 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
         torch.cuda.empty_cache()
     stages.end("prepare")
     ranks = range(job.gpus) if job.arm == "one" else [int(os.environ.get("RANK", "0"))]
-    batches = [tokens_of(rank, job, vocabulary).to(device) for rank in ranks]
+    untimed, timed = untimed_and_timed(job)
+    all_batches = [[batch_of(rank, step, job, vocabulary, device) for rank in ranks] for step in steps_of(job)]
+    of_steps = itertools.cycle(all_batches)
 
     def forward_backward() -> Tensor:
-        losses = []
-        for tokens in batches:
-            loss = model(input_ids=tokens, labels=tokens).loss / len(batches)
+        losses, batches = [], next(of_steps)
+        for batch in batches:
+            loss = model(**batch).loss / len(batches)
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
@@ -91,11 +95,10 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
             synchronize(device)
             stages.end("first step")
 
-    for kind in ("random",) if job.kind == "parity" else ("random", "balanced"):
+    for kind in ("random", "balanced") if job.kind in ("full", "lora") else ("random",):
         routing.install(model, kind, case.tokens, top_k, num_experts)
-        timed = 0 if job.kind == "parity" else job.steps
-        found = steps(forward_backward, update, model, device, job.steps if not timed else job.warmup, timed)
-        yield {"routing": kind, "said": said, "stages_s": stages.seconds} | found | rates(found, case.tokens)
+        found = steps(forward_backward, update, model, device, untimed, timed)
+        yield {"routing": kind, "said": said, "stages_s": stages.seconds} | found | rates(found, useful(all_batches))
 
 
 class Stages:
@@ -136,10 +139,47 @@ def own_device(job: Job) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def untimed_and_timed(job: Job) -> tuple[int, int]:
+    """Steps of each."""
+    if job.kind == "parity":
+        return job.steps, 0
+    return job.warmup + (RAGGED + 1 if job.kind == "ragged" else 0), job.steps
+
+
+def steps_of(job: Job) -> range:
+    """Numbers of the steps that have batches of their own: ragged ones."""
+    return range(sum(untimed_and_timed(job)) if job.kind == "ragged" else 1)
+
+
+def batch_of(rank: int, step: int, job: Job, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
+    """What the model is called with, the same in every arm: the same in every step; or ragged, see `ragged_of`."""
+    if job.kind == "ragged":
+        batch = ragged_of(1000 * step + rank, job, vocabulary)
+    else:
+        tokens = tokens_of(rank, job, vocabulary)
+        batch = {"input_ids": tokens, "labels": tokens}
+    return {name: each.to(device) for name, each in batch.items()}
+
+
 def tokens_of(rank: int, job: Job, vocabulary: int) -> Tensor:
     """The batch of a rank, [batch, sequence], the same in every arm and step."""
     generator = torch.Generator().manual_seed(1 + rank)
     return torch.randint(vocabulary, (job.batch, job.sequence), generator=generator)
+
+
+def ragged_of(number: int, job: Job, vocabulary: int) -> dict[str, Tensor]:
+    """A batch [batch, sequence / batch] of which a tenth of each row to all of it is real, the rest padding."""
+    generator = torch.Generator().manual_seed(1 + number)
+    tokens = torch.randint(vocabulary, (job.batch, job.sequence // job.batch), generator=generator)
+    lengths = (torch.rand(job.batch, 1, generator=generator) * 0.9 + 0.1) * tokens.shape[1]
+    mask = torch.arange(tokens.shape[1]) < lengths
+    return {"input_ids": tokens, "labels": tokens.masked_fill(~mask, -100), "attention_mask": mask.long()}
+
+
+def useful(batches: Sequence[Sequence[Mapping[str, Tensor]]]) -> float:
+    """Tokens of a step that are no padding, on average over all steps and ranks."""
+    own = [float((each["labels"] != -100).sum()) for of_step in batches for each in of_step]
+    return statistics.mean(itertools.chain(*gathered(own)))
 
 
 def check_arm(job: Job) -> None:
@@ -244,7 +284,7 @@ def steps(
     return found
 
 
-def rates(found: dict[str, Any], tokens: int) -> dict[str, int]:
+def rates(found: dict[str, Any], tokens: float) -> dict[str, int]:
     """Tokens a second a GPU, with the optimizer in the step and without."""
     names = {"tok_s": "ms", "tok_s_without_optimizer": "ms_without_optimizer"}
     return {name: round(tokens / found[ms] * 1e3) for name, ms in names.items() if ms in found}
