@@ -6,6 +6,7 @@ A `Pair` makes the same model twice: recorded, and as it is.
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from moe_accel.graphs import RECORDINGS
+from moe_accel.graphs.sizes import RAGGED, STEP
 from tests.families import tiny_inputs, tiny_loss
 
 EXACT = 1e-5
@@ -31,6 +33,26 @@ def told():
 
 def batch(model, seed, length=48, family="qwen3_moe"):
     return {name: each.to(model.device) for name, each in tiny_inputs(family, 2, length, seed).items()}
+
+
+def ragged(model, seed, family="qwen3_moe", length=48):
+    """A batch [2,T] with padding, which is left out: N tokens, in every step others."""
+    inputs = tiny_inputs(family, 2, length, seed)
+    lengths = torch.randint(1, length, (2, 1), generator=torch.Generator().manual_seed(seed))
+    inputs["attention_mask"] = (torch.arange(length) < lengths).long()
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return {name: each.to(model.device) for name, each in inputs.items()}
+
+
+def packed(model, seed, family="qwen3_moe", length=96):
+    """A row [1,T] of several sequences, in every step of other lengths."""
+    inputs = tiny_inputs(family, 1, length, seed)
+    order = torch.randperm(length - 1, generator=torch.Generator().manual_seed(seed))
+    begins = sorted((1 + order[: 1 + seed % 4]).tolist())
+    inputs["position_ids"] = torch.cat([torch.arange(end - start) for start, end in pairwise([0, *begins, length])])[
+        None
+    ]
+    return {name: each.to(model.device) for name, each in inputs.items()} | {"use_cache": False}
 
 
 def loss_of(model, inputs):
@@ -88,6 +110,44 @@ def trains_as_without(pair: Pair, family, tolerance=EXACT, **how):
         assert_same(trained(model, given), trained(twin, given), tolerance)
     assert turns(model) == [4] * len(turns(model)) != []
     assert not any(each.recording.trial.is_due for each in graphs_of(model))
+
+
+UNTIL = RAGGED + 1
+"""Steps of other sizes before one is recorded for all."""
+
+
+def trains_with_other_sizes(pair: Pair, batch_of, family, tolerance=EXACT, **how):
+    model, twin = pair(family, **how)
+    with told() as said:
+        for step in range(UNTIL + 4):
+            change_both(model, twin, step)
+            given = batch_of(model, step, family)
+            assert_same(trained(model, given), trained(twin, given), tolerance)
+    assert turns(model) == [4] * len(turns(model)) != []
+    assert not any(each.recording.trial.is_due for each in graphs_of(model))
+    assert not [each for each in said if "CUDA graph" in each or "recorded" in each]
+
+
+def more_tokens_than_there_is_room_for_are_computed_as_ever(pair: Pair, tolerance=EXACT, **how):
+    model, twin = pair(**how)
+    for step in range(UNTIL + 2):
+        trained(model, ragged(model, step))
+    assert set(turns(model)) == {2}
+    many = ragged(model, 51, length=400)
+    assert int(many["attention_mask"].sum()) > STEP
+    for given in (ragged(model, 50), many, ragged(model, 52)):
+        assert_same(trained(model, given), trained(twin, given), tolerance)
+    assert set(turns(model)) == {4}
+
+
+def a_ragged_batch_before_the_backward_of_another_is_computed_as_ever(pair: Pair, tolerance=EXACT, **how):
+    model, twin = pair(**how)
+    for step in range(UNTIL + 2):
+        trained(model, ragged(model, step))
+    two = ragged(model, 60), ragged(model, 61)
+    assert_same(trained(model, *two, together=True), trained(twin, *two, together=True), tolerance)
+    assert set(turns(model)) == {3}
+    assert_same(trained(model, two[1]), trained(twin, two[1]), tolerance)
 
 
 def gradients_of_two_batches_add_up(pair: Pair):
@@ -199,4 +259,11 @@ ALL = [
     checkpointing_computes_as_ever,
     parameters_that_moved_are_recorded_anew,
     a_backward_whose_values_are_gone_is_an_error,
+]
+
+
+RAGGED_FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "granitemoe"]
+OTHER_SIZES = [
+    more_tokens_than_there_is_room_for_are_computed_as_ever,
+    a_ragged_batch_before_the_backward_of_another_is_computed_as_ever,
 ]

@@ -2,14 +2,15 @@
 
 With sequences of one length an attention module gets the same shapes in every step. So it is computed as ever twice,
 and recorded in the third step, forward and backward, each as a graph of everything that is started for it. Its calls
-of the same kind copy their inputs to where the graph reads them, and start it. Experts get other numbers of rows every
-time: in expert parallelism whole blocks are recorded in tensors that do not depend on it, see `blocks.py`; and where
-batches have other numbers of tokens in every step, for the most of them, see `sizes.py`.
+of the same kind copy their inputs to where the graph reads them, and start it. Ragged batches and packed rows have
+other numbers of tokens, or sequences, in every step: recorded is for the most of them, see `sizes.py`. Experts get
+other numbers of rows every time: in expert parallelism whole blocks are recorded in tensors that do not depend on it,
+see `blocks.py`.
 
 A graph knows addresses and nothing else. What a call depends on besides its tensors is looked at every time: that
 parameters are those that were recorded, where they were, and wanted gradients or not, that nobody changed an attribute
-(PEFT turns adapters off by one), replaced a part or put a hook in. Anything else is computed as ever: another shape, a
-mask, packed sequences of other lengths, dropout, a cache, checkpointing, evaluation, a second forward before the first
+(PEFT turns adapters off by one), replaced a part or put a hook in. Anything else is computed as ever: other shapes, a
+mask, more tokens than there is room for, dropout, a cache, checkpointing, evaluation, a second forward before the first
 one's backward. In the step in which it is recorded, and in the next one unless it was the last, it is played beside the
 module's own computation, which is used, and by itself from then on if both gave the same: all layers in one step, so
 that what one's graphs do to the memory of another is seen; blocks with experts in the next one alone. A trial holds

@@ -18,18 +18,11 @@ import torch.distributed as dist
 from moe_accel.graphs.calls import Given
 from moe_accel.graphs.module import CALLS, OTHER_CALLS, RECORDINGS
 from moe_accel.graphs.recorder import Recorder
-from moe_accel.graphs.sizes import AS_GIVEN, AsGiven, Capacity, by_token, num_tokens
+from moe_accel.graphs.sizes import AS_GIVEN, MOST_TOKENS, RAGGED, AsGiven, Extent, Seen, by_token, extent_of
 from moe_accel.ranks import group_of_hosts
 
 WAITING = 100
 """Forwards without three alike on all ranks, after which they stop to ask each other."""
-RAGGED = 10
-"""Forwards with other numbers of tokens, one after the other, from the most of which a capacity is chosen."""
-TOO_MANY = 20
-"""Forwards, beyond one in ten, with more tokens than there is room for, after which there is made more."""
-MOST_TOKENS = 4096
-"""Of a rank. 12 layers of Qwen3-30B-A3B's shapes on two H200: with so many the host takes 110 of 130 ms a step, and 58
-of 100 once blocks are recorded. More were not measured: the GPU, which computes more in recorded blocks, waits less."""
 
 
 class Decision(Enum):
@@ -93,9 +86,7 @@ class Agreement:
         self._begins = True
         self._tokens = -1
         self._calls = self._other_calls = self._waited = 0
-        # Forwards with any number of tokens that were alike, the most tokens in them, and how often they were too many.
-        self._ragged = self._most = 0
-        self._too_many, self._varies = 0.0, False
+        self._seen = Seen()
 
     def __deepcopy__(self, memo: dict) -> "Agreement":
         copied = memo[id(self)] = Agreement(memo.get(id(self.recorder)) or self.recorder.__deepcopy__(memo))
@@ -117,11 +108,11 @@ class Agreement:
         # The first one again: somebody calls a part of the model, without its hook.
         if self._begins or self._called[0]() is block:
             self._members, self._called, self._begins = self._called, [], False
-            self._tokens = num_tokens(found)
+            self._tokens = extent_of(found).tokens
             self.decision = self._decide(self._of_all_ranks(self._state(block, found)))
         elif any(each() is block for each in self._called):
             block.why_not = "called more than once in a forward"
-        elif found is not None and num_tokens(found) != self._tokens >= 0:
+        elif found is not None and extent_of(found).tokens != self._tokens >= 0:
             block.why_not = "called with another number of tokens than the first block, which alone ranks compare"
         self._called.append(weakref.ref(block))
         return self.decision
@@ -135,7 +126,7 @@ class Agreement:
         recorded = [each for each in members if each.recording is not None]
         own, recorder = first.recording, self.recorder
         is_busy = any(each.recording.is_pending for each in recorded)
-        about_to_record = not recorded and (self._calls > CALLS or self._ragged >= RAGGED)
+        about_to_record = not recorded and (self._calls > CALLS or self._seen.calls >= RAGGED)
         return State(
             num_tokens=self._tokens,
             calls=self._calls,
@@ -160,8 +151,8 @@ class Agreement:
     def _decide(self, ranks: Sequence[State]) -> Decision:
         """The same on all ranks, as it depends on nothing but what all were told, now and before."""
         tokens = [each.num_tokens for each in ranks]
-        may_be_ragged = self._note_most(ranks)
-        is_usual = min(tokens) == max(tokens) and 0 < max(tokens) <= MOST_TOKENS and not self._varies
+        is_within = min(tokens) > 0 and max(tokens) <= MOST_TOKENS
+        is_ragged = self._seen.note(all(each.is_alike for each in ranks), is_within, list(map(Extent, tokens)))
         is_recorded = any(each.recorded for each in ranks)
         self._waited = 0 if is_recorded else self._waited + 1
         if any(each.has_ended for each in ranks):
@@ -169,38 +160,27 @@ class Agreement:
         if self._waited > WAITING:
             return self._end(_why_unusual(tokens))
         if is_recorded:
-            return self._of_recorded(ranks, may_be_ragged)
+            return self._of_recorded(ranks, is_ragged)
+        is_usual = is_within and min(tokens) == max(tokens)
         self._calls = self._calls if is_usual else 0
-        may_record = all(each.may_record for each in ranks)
-        if is_usual and min(each.calls for each in ranks) > CALLS and may_record:
-            self.sizes = AS_GIVEN
-            return Decision.RECORD
-        if may_be_ragged and self._ragged > RAGGED and may_record:
-            self.sizes = Capacity(self._most, self.recorder.device_type)
-            return Decision.RECORD
-        return Decision.COMPUTE
+        are_alike = is_usual and min(each.calls for each in ranks) > (OTHER_CALLS if self.recorder.varies else CALLS)
+        are_enough = is_ragged and self._seen.are_enough
+        if not (are_alike or are_enough) or not all(each.may_record for each in ranks):
+            return Decision.COMPUTE
+        self.sizes = AS_GIVEN if are_alike else self.recorder.capacity(self._seen.capacity)
+        return Decision.RECORD
 
-    def _note_most(self, ranks: Sequence[State]) -> bool:
-        """Whether these calls are alike but for their tokens, and these not too many; so many they were at most."""
-        tokens = [each.num_tokens for each in ranks]
-        if not all(each.is_alike for each in ranks):
-            self._ragged, self._most, self._too_many, self._varies = 0, 0, 0.0, False
-            return False
-        is_within = min(tokens) > 0 and max(tokens) <= MOST_TOKENS
-        if is_within:
-            self._ragged, self._most = self._ragged + 1, max(self._most, *tokens)
-        return is_within
-
-    def _of_recorded(self, ranks: Sequence[State], may_be_ragged: bool) -> Decision:
+    def _of_recorded(self, ranks: Sequence[State], is_ragged: bool) -> Decision:
         is_busy = any(each.is_busy for each in ranks)
         if not all(each.fits for each in ranks) or is_busy:
             self._other_calls += 1
-            self._too_many += may_be_ragged and not is_busy
             is_for_good = self._other_calls > OTHER_CALLS or not all(each.recorded for each in ranks)
-            if self._too_many > TOO_MANY and all(each.recorded < RECORDINGS for each in self._all):
-                is_for_good = self._varies = True
+            may_be_again = is_ragged and not is_busy and all(each.recorded < RECORDINGS for each in self._all)
+            if may_be_again and self._seen.misses():
+                self.recorder.varies = is_for_good = True
             return self._renew() if is_for_good else Decision.COMPUTE
-        self._other_calls, self._too_many = 0, max(0.0, self._too_many - 0.1)
+        self._other_calls = 0
+        self._seen.fits()
         if any(each.is_stale for each in ranks):
             return self._renew()
         return Decision.TRY if any(each.is_due for each in ranks) else Decision.PLAY
@@ -208,8 +188,8 @@ class Agreement:
     def _renew(self) -> Decision:
         """Let all be recorded anew, in one later forward."""
         self.recorder.renew_all()
-        self._calls = self._other_calls = self._ragged = 0
-        self._too_many = 0.0
+        self._calls = self._other_calls = 0
+        self._seen.begin_again()
         for each in self._all:
             each.drop()
         self.recorder.let_go()

@@ -155,7 +155,7 @@ class BlockGraphs(Graphs):
         if why:
             self._pass_by(module, why)
         if decision is Decision.RECORD and found is not None and not self.why_not:
-            self._record_now(module, own, args, kwargs, found)
+            self._record_now(module, own, found)
         if decision in (Decision.COMPUTE, Decision.RECORD) or found is None or recording is None:
             return own(*args, **kwargs)
         # As ever on all ranks, too, since the script says so: what is called twice in a forward, and what was not
@@ -168,11 +168,11 @@ class BlockGraphs(Graphs):
                 "ranks had agreed to play what is recorded\nhint: moe_config: {cuda_graphs: attention}"
             )
         if decision is Decision.PLAY:
-            output = recording.play(found.tensors, own)
+            output = recording.play(found, own)
             experts.count_again(_settings(module))
             return output
         self.tell_if_open(module, recording)
-        return recording.play(found.tensors, own, tries=True)
+        return recording.play(found, own, tries=True)
 
     def _end(self, module: nn.Module) -> None:
         """Say why, once: what this rank found, or all, or that another one did."""
@@ -187,7 +187,7 @@ class BlockGraphs(Graphs):
         self._let_go()
         self.recorder.let_go()
 
-    def _record_now(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
+    def _record_now(self, module: nn.Module, own: Callable, found: Given) -> None:
         """Record this call, as all ranks do: each computes it once more with them, before."""
         self.recorded += 1
         sizes = self.agreement.sizes
@@ -195,7 +195,7 @@ class BlockGraphs(Graphs):
             partial(experts.known_sizes, behind=sizes.behind) if isinstance(sizes, Capacity) else experts.known_sizes
         )
         try:
-            self.recording = Recording(self.recorder, Watched(module), own, args, kwargs, found, around, sizes)
+            self.recording = Recording(self.recorder, Watched(module), own, found, around, sizes)
         except torch.OutOfMemoryError as error:  # of this rank: the others would wait for it
             hint = "moe_config: {cuda_graphs: attention} needs no room for all pairs of tokens and experts"
             raise torch.OutOfMemoryError(f"{error}\nhint: {hint}") from error

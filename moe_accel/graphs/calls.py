@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_accel.padding.attention import Packed
+from moe_accel.padding.rows import Slots
 from moe_accel.swap import HOOKS, is_bare
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -26,12 +27,16 @@ class Given(NamedTuple):
         kind: the structure around them with their shapes and dtypes, and the state of torch that matters.
         autocast: whether it is on, and its dtype.
         stream: the GPU's, that it is computed on.
+        structure: what it was given: arguments, and pairs of names and arguments.
+        masks: of packed sequences among these.
     """
 
     tensors: list[Tensor]
     kind: tuple[Any, ...]
     autocast: tuple[bool, torch.dtype]
     stream: int | None
+    structure: tuple[Any, Any]
+    masks: list[Packed]
 
 
 def given(device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
@@ -43,7 +48,8 @@ def given(device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gi
     if isinstance(kwargs.get("attention_mask"), Tensor):
         raise Unusual("a mask")
     tensors: list[Tensor] = []
-    kind = kind_of((args, tuple(kwargs.items())), tensors)
+    structure = args, tuple(kwargs.items())
+    kind, masks = kind_of(structure, tensors), [each for each in (*args, *kwargs.values()) if isinstance(each, Packed)]
     autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     stream, device = None, torch.device(device_type)
     if device_type == "cuda":
@@ -51,7 +57,7 @@ def given(device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gi
         device = torch.device(device_type, torch.cuda.current_device())
     if any(each.device != device for each in tensors):
         raise Unusual("tensors on another device")
-    return Given(tensors, (kind, autocast, stream, _how_to_compute()), autocast, stream)
+    return Given(tensors, (kind, autocast, stream, _how_to_compute()), autocast, stream, structure, masks)
 
 
 def _how_to_compute() -> tuple[Any, ...]:
@@ -79,16 +85,22 @@ def kind_of(value: Any, tensors: list[Tensor]) -> Any:
     raise Unusual(type(value).__name__)
 
 
-def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same structure with other tensors, in the order of `kind_of`."""
+def without_sizes(kind: Any) -> Any:
+    """What `kind_of` says, without what it says of tensors, and of how long packed sequences are."""
+    if type(kind) is not tuple or not kind:
+        return kind
+    if isinstance(kind[0], torch.Size):
+        return Tensor
+    return (Packed, kind[2]) if kind[0] is Packed else tuple(map(without_sizes, kind))
+
+
+def with_tensors(value: Any, tensors: Iterator[Tensor], slots: Slots | None = None) -> Any:
+    """The same structure with other tensors, in the order of `kind_of`, and packed sequences in `slots`, if any."""
     if isinstance(value, Tensor):
         return next(tensors)
-    return type(value)(with_tensors(each, tensors) for each in value) if type(value) in (tuple, list) else value
-
-
-def packed_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Packed]:
-    """The masks of packed sequences of a call, which `kind_of` tells by their lengths."""
-    return [each for each in (*args, *kwargs.values()) if isinstance(each, Packed)]
+    if isinstance(value, Packed):
+        return value if slots is None else Packed(slots, value.window)
+    return type(value)(with_tensors(each, tensors, slots) for each in value) if type(value) in (tuple, list) else value
 
 
 class Watched:

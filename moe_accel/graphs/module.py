@@ -13,6 +13,7 @@ from moe_accel.backward import in_backward
 from moe_accel.graphs.calls import Given, Unusual, Watched, given
 from moe_accel.graphs.record import Recording
 from moe_accel.graphs.recorder import Recorder
+from moe_accel.graphs.sizes import AS_GIVEN, MOST_TOKENS, AsGiven, Seen, by_token_in_one_row, extent_of
 
 CALLS = 2
 """Calls of a kind, one after the other, that are computed as ever before it is recorded."""
@@ -37,6 +38,7 @@ class Graphs:
         recording: what is recorded, of the kind of call that came three times in a row.
         kind: of the last call.
         calls: so many of this kind came one after the other, without a recording of it.
+        seen: of those that are not of a kind with what is recorded.
         passed_by: so many came one after the other that cannot be recorded.
         recorded: how often it was; more than `RECORDINGS` if it is given up.
         put_off: so often it was not, one after the other, because others were played without a trial.
@@ -48,6 +50,7 @@ class Graphs:
         self.owner: Any = None
         self.recording: Recording | None = None
         self.kind: Any = None
+        self.seen, self._kind_by_token, self._tokens = Seen(), None, 0
         self.calls = self.passed_by = self.recorded = self.put_off = 0
         self.gathered: list[Any] = []
 
@@ -78,18 +81,20 @@ class Graphs:
         counts = self.recorder.sees(self)
         if self.recording is not None and self.recording.era != self.recorder.era:
             self.drop()
-        if counts and (self.recording is None or self.recording.kind != found.kind):
-            self._count(module, own, args, kwargs, found)
+        takes = self.recording is not None and self.recording.takes(found)
+        if counts and not takes:
+            takes = self._count(module, own, found)
         recording = self.recording
-        if recording is None or recording.kind != found.kind or recording.is_pending:
+        if recording is None or not takes or recording.is_pending or not recording.may_begin(found):
             return own(*args, **kwargs)
         if not (recording.watched.is_same(module) and self.recorder.may_play(recording)):
             self.recorder.renew(recording)
             self.drop()
             return own(*args, **kwargs)
         self.calls = self.passed_by = 0
+        self.seen.fits()
         self.tell_if_open(module, recording)
-        return recording.play(found.tensors, own)
+        return recording.play(found, own)
 
     def own(self, module: nn.Module) -> None:
         """Know whose they are, from the first call on."""
@@ -100,17 +105,33 @@ class Graphs:
         if self.recording is not None and self.recording.num_played > LONG:
             self.recorded = 0
         self.recording, self.calls = None, 0
+        self.seen.begin_again()
 
-    def _count(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
-        """Of calls for which nothing is recorded: record, where they are alike."""
+    def _count(self, module: nn.Module, own: Callable, found: Given) -> bool:
+        """Of calls for which nothing is recorded: record, where they are alike; whether that was done."""
+        is_ragged = self._note(found)
         self.calls, self.kind = self.calls + 1 if found.kind == self.kind else 1, found.kind
         if self.recording is not None:
-            if self.calls > OTHER_CALLS:
+            has_too_little_room = is_ragged and self.seen.misses() and self.recorded < RECORDINGS
+            self.recorder.varies |= has_too_little_room
+            if self.calls > OTHER_CALLS or has_too_little_room:
                 self.recorder.renew(self.recording)
-        elif self.calls > CALLS:
-            self._record(module, own, args, kwargs, found)
-        elif self.calls == 1:
+            return False
+        if self.calls > (OTHER_CALLS if self.recorder.varies else CALLS):
+            self._record(module, own, found, AS_GIVEN)
+        elif self.seen.are_enough:
+            self._record(module, own, found, self.recorder.capacity(self.seen.capacity))
+        elif self.calls == 1 and not is_ragged:
             self._pass_by(module, "calls of which no three are alike")
+        return self.recording is not None
+
+    def _note(self, found: Given) -> bool:
+        """Whether such calls are alike but for their tokens, and these not too many."""
+        kind, extent = by_token_in_one_row(found), extent_of(found)
+        is_alike = kind is not None and kind == self._kind_by_token
+        is_within = extent.tokens <= MOST_TOKENS or extent.tokens == self._tokens
+        self._kind_by_token, self._tokens = kind, extent.tokens
+        return self.seen.note(is_alike, is_within, [extent])
 
     def _pass_by(self, module: nn.Module, reason: str) -> None:
         """Say once of a model why nothing is recorded, where it goes on like this."""
@@ -129,7 +150,7 @@ class Graphs:
         if recording.trial.num_open > OPEN:
             self._tell(module, "recorded, and not used so far: its gradients were zero, infinite or not asked for")
 
-    def _record(self, module: nn.Module, own: Callable, args: tuple, kwargs: dict, found: Given) -> None:
+    def _record(self, module: nn.Module, own: Callable, found: Given, sizes: AsGiven) -> None:
         watched = Watched(module)
         if not (watched.trained() or any(each.requires_grad for each in found.tensors)):
             self.calls = -OTHER_CALLS  # nothing to train yet
@@ -143,7 +164,7 @@ class Graphs:
             problem = "its calls overlap, or its parameters or attributes change, all the time"
         if not problem:
             try:
-                self.recording = Recording(self.recorder, watched, own, args, kwargs, found)
+                self.recording = Recording(self.recorder, watched, own, found, sizes=sizes)
             except (RuntimeError, Unusual) as error:
                 problem = str(error).strip().partition("\n")[0]
         if problem:

@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from moe_accel.experts.later import Product, Products
 from moe_accel.experts.weights import local
-from moe_accel.graphs.calls import Given, Unusual, Watched, kind_of, packed_in, with_tensors
+from moe_accel.graphs.calls import Given, Unusual, Watched, kind_of, with_tensors
 from moe_accel.graphs.recorder import Recorder
 from moe_accel.graphs.sizes import AS_GIVEN, AsGiven, copies_to_differentiate, copy
 from moe_accel.graphs.trial import Trial
@@ -58,8 +58,6 @@ class Recording:
         recorder: Recorder,
         watched: Watched,
         call: Callable,
-        args: tuple,
-        kwargs: dict,
         found: Given,
         around: Callable[[Products], AbstractContextManager] | None = None,
         sizes: AsGiven = AS_GIVEN,
@@ -70,9 +68,7 @@ class Recording:
             recorder: of the model.
             watched: the module as it is.
             call: what the module does itself.
-            args: of the call.
-            kwargs: of the call.
-            found: the same, taken apart.
+            found: what the call was given.
             around: in which it is recorded, as ranks do that exchange tokens in it; a trial is computed without. They
                 play it together, also where one of them has found a fault. It is given a list for the gradients that
                 its backward leaves to be computed.
@@ -88,14 +84,12 @@ class Recording:
         self.kind, self.watched, self._sizes = sizes.kind_of(found), watched, sizes
         self.num_played, self._turn, self.is_alone = 0, None, False
         self.number, self.era, self._recorder = recorder.number(), recorder.era, recorder
-        self.trial, self._around = Trial(recorder.round, exactly=around is None), around
+        self.trial, self._around = Trial(recorder.round, exactly=around is None and sizes is AS_GIVEN), around
         self._trained, self._pending = watched.trained(), None
         self._later: list[Product] = []
         self._left = Products(recorder.mark)  # by the backward that is recorded
         self._autocast, self._device_type = found.autocast, recorder.device_type
-        self._inputs = sizes.room_for(found.tensors)
-        self._given = with_tensors((args, tuple(kwargs.items())), iter(self._inputs))
-        self._packed = packed_in(args, kwargs)  # where their sequences begin is read from there
+        self._inputs, self._given = sizes.room_for(found)
         # The same memory under other names: autograd ties what accumulates a gradient to the stream of its first use.
         self._aliases = {each: nn.Parameter(local(each).detach()) for each in self._trained}
         self._leaves = [*self._inputs, *self._aliases.values()]
@@ -168,25 +162,29 @@ class Recording:
         """Whether such a call may be played."""
         return self._sizes.takes(self.kind, found)
 
-    def play(self, tensors: Sequence[Tensor], call: Callable, tries: bool = False) -> Any:
-        """The output for such tensors of the module, which does `call` itself in a trial.
+    def may_begin(self, found: Given) -> bool:
+        """Whether no backward is to come for a call of another size."""
+        return self._sizes.holds(found) or not self._recorder.is_waiting
+
+    def play(self, found: Given, call: Callable, tries: bool = False) -> Any:
+        """The output of the module for such a call, which does `call` itself in a trial.
 
         tries: whether it is one, for what ranks play together.
         """
         is_tried = tries if self._around is not None else self.trial.is_due  # what is played together is tried so
-        outputs: Any = _Play.apply(self, call if is_tried else None, len(tensors), *tensors, *map(local, self._trained))
+        outputs: Any = _Play.apply(self, call if is_tried else None, found, *found.tensors, *map(local, self._trained))
         return with_tensors(self._made, iter(outputs))
 
-    def forward(self, tensors: Sequence[Tensor], token: _Token, call: Callable | None) -> Played:
+    def forward(self, found: Given, token: _Token, call: Callable | None) -> Played:
         """Play it.
 
         Args:
-            tensors: for the recorded ones.
+            found: what was given to the module.
             token: lives until backward is over, or cannot come.
             call: for a trial, what the module does itself; its outputs are what is used then.
         """
-        self._sizes.begin(tensors)
-        self._sizes.fill([each.detach() for each in self._inputs], tensors)
+        self._sizes.begin(found)
+        self._sizes.fill([each.detach() for each in self._inputs], found.tensors)
         self._forward()
         self.num_played += 1
         self._turn, self._pending, self.is_alone = self.num_played, weakref.ref(token), call is None
@@ -194,8 +192,8 @@ class Recording:
         outputs = [each for each in self._sizes.cut(self._outputs) if each is not None]
         if call is None:
             return Played(self.num_played, _owned(outputs), None)
-        inputs = copies_to_differentiate(tensors, self._inputs)  # which it may change
-        _, own = self._compute(call, with_tensors(self._given, iter(inputs)))
+        inputs = copies_to_differentiate(found.tensors, self._inputs)  # which it may change
+        _, own = self._compute(call, with_tensors(found.structure, iter(inputs)))
         self.trial.compare_outputs(outputs, own)
         return Played(self.num_played, _owned(own), (own, inputs))
 
@@ -243,9 +241,9 @@ class Recording:
 
 class _Play(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: Recording, call: Callable | None, num_inputs: int, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, recording: Recording, call: Callable | None, found: Given, *_: Tensor) -> Any:
         ctx.recording, ctx.token = recording, _Token()
-        ctx.turn, outputs, ctx.own = recording.forward(tensors[:num_inputs], ctx.token, call)
+        ctx.turn, outputs, ctx.own = recording.forward(found, ctx.token, call)
         ctx.mark_non_differentiable(*(each for each, wants in zip(outputs, recording.wants, strict=True) if not wants))
         return tuple(outputs)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_accel import garbage
 from moe_accel.experts.later import Product
+from moe_accel.graphs.sizes import Capacity, Extent
 from moe_accel.graphs.trial import Round
 
 
@@ -26,6 +27,7 @@ class Recorder:
         has_told: whether somebody was told why nothing is recorded.
         has_failed: whether recording was ended by an error, after which nothing more is recorded.
         era: changes when all that was recorded before is to be recorded anew, in later forwards of the model.
+        varies: whether what was recorded for one size was of too little use, so that there is to be room for others.
         round: of trials; another one whenever something is recorded, is to be, or was wrong.
     """
 
@@ -44,6 +46,8 @@ class Recorder:
         # Those whose backward may come, in the order in which they were recorded. References: what has this has them.
         self._waiting: list[weakref.ref[Any]] = []
         self._gradients: dict[Any, Tensor] = {}
+        self.varies = False
+        self._capacities: dict[Extent, Capacity] = {}
 
     def __deepcopy__(self, memo: dict) -> "Recorder":
         copied = memo[id(self)] = type(self)()
@@ -91,6 +95,11 @@ class Recorder:
         return True
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether a backward of what was played may come."""
+        return any(each is not None and each.is_pending for each in (each() for each in self._waiting))
+
+    @property
     def may_record(self) -> bool:
         """Whether all forwards that wait for their backward are trials, which see what recording spoils."""
         waiting = [each for each in (each() for each in self._waiting) if each is not None and each.is_pending]
@@ -98,7 +107,7 @@ class Recorder:
 
     def let_go(self) -> None:
         """Of graphs that nobody has any more, all at once, unless a backward may still play one of them."""
-        if not any(each is not None and each.is_pending for each in (each() for each in self._waiting)):
+        if not self.is_waiting:
             self._graphs.clear()
             self._gradients.clear()
 
@@ -128,6 +137,12 @@ class Recorder:
         if key not in self._gradients:
             self._gradients[key] = torch.empty_like(like, memory_format=torch.contiguous_format)
         return self._gradients[key]
+
+    def capacity(self, most: Extent) -> Capacity:
+        """Room for so much, the same for all that is recorded."""
+        if most not in self._capacities:
+            self._capacities[most] = Capacity(most, self.device_type)
+        return self._capacities[most]
 
     def mark(self) -> Any:
         """An event of what is recorded, here: whenever that is played, what is beside it may wait for this point."""

@@ -1,22 +1,48 @@
 """What is recorded for calls of one size, and for calls with any number of tokens up to a capacity.
 
-A ragged batch without its padding has another number of tokens in every step, and on every rank. A block computes each
-token by itself; so it may be recorded for the most tokens that come, and played for fewer: they come first, behind them
-are zeros, which choose no expert (`experts.known_sizes`) and whose gradients are zero.
+A ragged batch without its padding has another number of tokens in every step, and sequences of other lengths. A block
+computes each token by itself, and attention sees nothing of what comes after a sequence. So they may be recorded for
+the most tokens that come, and played for fewer: they come first, behind them are zeros, which choose no expert
+(`experts.known_sizes`), are sequences of their own (`Slots`), and whose gradients are zero.
 
 Sizes: [B,T] tokens of a call, N of them, C the capacity.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_accel.graphs.calls import Given, Unusual
+from moe_accel.graphs.calls import Given, Unusual, with_tensors, without_sizes
+from moe_accel.padding.rows import Rows, Slots
 
+RAGGED = 10
+"""Calls with other numbers of tokens, one after the other, from the most of which a capacity is chosen."""
+AGAIN = 2
+"""Of these, for which there are as many calls where something was recorded before."""
+ONE_IN, TOO_MANY = 50, 10
+"""Calls with more tokens than there is room for: one in so many may be; after so many more, more room is made."""
+MOST_TOKENS = 4096
+"""Of a rank, where their number changes, and for blocks with experts. 12 layers of Qwen3-30B-A3B's shapes on two H200:
+with so many the host takes 110 of 130 ms a step, and 58 of 100 once blocks are recorded. More were not measured: the
+GPU, which computes more in what is recorded, waits less."""
 STEP = 128
-"""Capacities are multiples of it."""
+"""Capacities for numbers of tokens that change, and for lengths of sequences, are multiples of it."""
+
+
+class Extent(NamedTuple):
+    """How large a call is, or may be.
+
+    Attributes:
+        tokens: of all sequences.
+        sequences: in one row, where attention is among the tokens of each; else 0.
+        longest: tokens of the longest of these.
+    """
+
+    tokens: int = 0
+    sequences: int = 0
+    longest: int = 0
 
 
 class AsGiven:
@@ -26,16 +52,21 @@ class AsGiven:
         """What calls have in common that may be played."""
         return found.kind
 
-    def room_for(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of a call's tensors, to record with."""
-        return copies_to_differentiate(tensors, tensors)
+    def room_for(self, found: Given) -> tuple[list[Tensor], Any]:
+        """Copies of a call's tensors, to record with, and the call with these in their places."""
+        inputs = copies_to_differentiate(found.tensors, found.tensors)
+        return inputs, with_tensors(found.structure, iter(inputs))
 
     def takes(self, kind: Any, found: Given) -> bool:
         """Whether a call may be played by what is recorded for a `kind`."""
         return self.kind_of(found) == kind
 
-    def begin(self, tensors: Sequence[Tensor]) -> None:
-        """A call with these is played now."""
+    def holds(self, found: Given) -> bool:
+        """Whether recorded tensors that say how large a call is say it of this one."""
+        return True
+
+    def begin(self, found: Given) -> None:
+        """This call is played now."""
 
     def check(self, made: Any) -> None:
         """Raise Unusual where something that was recorded as output cannot be `cut`."""
@@ -50,41 +81,52 @@ class AsGiven:
 
 
 class Capacity(AsGiven):
-    """Room for C tokens, shared by all blocks of a model.
+    """Room for C tokens, shared by what is recorded of all layers.
 
     Attributes:
-        most: C.
+        most: what there is room for; C tokens.
         behind: [C,1] bool on the device, read by what is recorded: True behind the N tokens of the call.
     """
 
-    def __init__(self, most: int, device_type: str):
-        self.most = -(-most // STEP) * STEP
-        self.behind = torch.zeros(self.most, 1, dtype=torch.bool, device=device_type)
-        self._lead, self._held = torch.Size((1, self.most)), self.most
+    def __init__(self, most: Extent, device_type: str):
+        self.most = most
+        self.behind = torch.zeros(most.tokens, 1, dtype=torch.bool, device=device_type)
+        self._slots = Slots(*most, device_type) if most.sequences else None
+        self._lead, self._rows = torch.Size((1, most.tokens)), None
 
     def kind_of(self, found: Given) -> Any:
         """See `AsGiven.kind_of`; None where not all tensors are [B,T,...]."""
         return by_token(found)
 
-    def room_for(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def room_for(self, found: Given) -> tuple[list[Tensor], Any]:
         """[1,C,...] of each [B,T,...], filled with the call's tokens."""
-        room = [each.new_zeros(1, self.most, *each.shape[2:]) for each in tensors]
-        self.begin(tensors)
-        self.fill(room, [each.detach() for each in tensors])
-        return [one.requires_grad_(each.requires_grad) for one, each in zip(room, tensors, strict=True)]
+        room = [each.new_zeros(1, self.most.tokens, *each.shape[2:]) for each in found.tensors]
+        self.begin(found)
+        self.fill(room, [each.detach() for each in found.tensors])
+        for one, each in zip(room, found.tensors, strict=True):
+            one.requires_grad_(each.requires_grad)
+        return room, with_tensors(found.structure, iter(room), self._slots)
 
     def takes(self, kind: Any, found: Given) -> bool:
         """See `AsGiven.takes`."""
-        return super().takes(kind, found) and num_tokens(found) <= self.most
+        fits = all(one <= most for one, most in zip(extent_of(found), self.most, strict=True))
+        return fits and super().takes(kind, found)
 
-    def begin(self, tensors: Sequence[Tensor]) -> None:
-        """See `AsGiven.begin`: N is told to the device where it is another one than before."""
-        self._lead = tensors[0].shape[:2]
+    def holds(self, found: Given) -> bool:
+        """See `AsGiven.holds`."""
+        return found.tensors[0].shape[:2] == self._lead and _rows_of(found) is self._rows
+
+    def begin(self, found: Given) -> None:
+        """See `AsGiven.begin`: the device is told where it is another call than before."""
+        before, self._lead = self._lead.numel(), found.tensors[0].shape[:2]
         count = self._lead.numel()
-        if count != self._held:
+        if count != before:
             self.behind[:count] = False
             self.behind[count:] = True
-            self._held = count
+        rows, held = _rows_of(found), self._rows
+        if self._slots is not None and rows is not None and rows is not held:
+            self._slots.hold(rows)
+        self._rows = rows
 
     def check(self, made: Any) -> None:
         """See `AsGiven.check`."""
@@ -97,9 +139,9 @@ class Capacity(AsGiven):
     def fill(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         """[B,T,...] to [1,C,...], or [N,...] to [C,...], zeros behind."""
         for target, source in zip(targets, sources, strict=True):
-            rows, count = self._rows(target), self._lead.numel()
+            rows, count = self._as_rows(target), self._lead.numel()
             rows[:count].view_as(source).copy_(source)
-            if count < self.most:
+            if count < self.most.tokens:
                 rows[count:].zero_()
 
     def cut(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -108,41 +150,109 @@ class Capacity(AsGiven):
         found = []
         for each in tensors:
             if each is not None:
-                rows = self._rows(each)[:count]
-                each = rows if len(each) == self.most else rows.view(*self._lead, *rows.shape[1:])
+                rows = self._as_rows(each)[:count]
+                each = rows if len(each) == self.most.tokens else rows.view(*self._lead, *rows.shape[1:])
             found.append(each)
         return found
 
     def _is_by_token(self, tensor: Tensor) -> bool:
-        return tensor.shape[:1] == (self.most,) or tensor.shape[:2] == (1, self.most)
+        return tensor.shape[:1] == (self.most.tokens,) or tensor.shape[:2] == (1, self.most.tokens)
 
-    def _rows(self, tensor: Tensor) -> Tensor:
-        return tensor if len(tensor) == self.most else tensor[0]
+    def _as_rows(self, tensor: Tensor) -> Tensor:
+        return tensor if len(tensor) == self.most.tokens else tensor[0]
 
 
 AS_GIVEN = AsGiven()
 
 
-def by_token(found: Given) -> tuple | None:
+class Seen:
+    """What was seen of calls that are alike but for their tokens.
+
+    Attributes:
+        calls: so many came one after the other.
+        most: of each in them.
+    """
+
+    def __init__(self) -> None:
+        self.calls, self.most = 0, Extent()
+        self._fewest = self._missed = 0
+
+    def note(self, is_alike: bool, is_within: bool, extents: Sequence[Extent]) -> bool:
+        """One more, of `extents`, on all ranks that must agree; whether it is one of those.
+
+        Args:
+            is_alike: as the one before, but for its tokens.
+            is_within: whether there may be room for so many tokens.
+            extents: on each rank.
+        """
+        if not is_alike:
+            self.calls, self.most, self._fewest, self._missed = 0, Extent(), 0, 0
+        elif is_within:
+            tokens = [each.tokens for each in extents]
+            self._fewest = min(tokens) if self.calls == 0 else min(self._fewest, *tokens)
+            self.calls, self.most = self.calls + 1, Extent(*map(max, self.most, *extents))
+        return is_alike and is_within
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether that is enough to choose a capacity."""
+        return self.calls > RAGGED and (self._fewest == self.most.tokens or self.most.tokens <= MOST_TOKENS)
+
+    @property
+    def capacity(self) -> Extent:
+        """For all that was seen."""
+        tokens, sequences, longest = self.most
+        if tokens != self._fewest:
+            tokens = min(_whole_steps(tokens), max(tokens, MOST_TOKENS))
+        return Extent(tokens, sequences, _whole_steps(longest))
+
+    def misses(self) -> bool:
+        """What is recorded has no room for this one: whether that is so too often."""
+        self._missed += ONE_IN
+        return self._missed > ONE_IN * TOO_MANY
+
+    def fits(self) -> None:
+        """It has room."""
+        self._missed = max(0, self._missed - 1)
+
+    def begin_again(self) -> None:
+        """What was recorded is not any more."""
+        self.calls, self._missed = min(self.calls, RAGGED - AGAIN), 0
+
+
+def _whole_steps(count: int) -> int:
+    return -(-count // STEP) * STEP
+
+
+def by_token(found: Given) -> Any:
     """The kind of a call but for how many tokens it has; None where its tensors are not all [B,T,...]."""
     lead = found.tensors[0].shape[:-1] if found.tensors else ()
-    if len(lead) != 2 or any(each.ndim < 3 or each.shape[:2] != lead for each in found.tensors):
+    if len(lead) != 2 or any(each.shape[:2] != lead for each in found.tensors):
+        return None
+    if any(each.rows is not found.masks[0].rows for each in found.masks):
         return None
     structure, *rest = found.kind
     of_tensors = [(each.shape[2:], each.dtype, each.requires_grad) for each in found.tensors]
-    return _without_tensors(structure), of_tensors, *rest
+    return without_sizes(structure), of_tensors, *rest
 
 
-def _without_tensors(kind: object) -> object:
-    """What `calls.kind_of` says, without what it says of tensors."""
-    if type(kind) is not tuple or not kind:
-        return kind
-    return "tensor" if isinstance(kind[0], torch.Size) else tuple(map(_without_tensors, kind))
+def by_token_in_one_row(found: Given) -> Any:
+    """The same for attention, for which rows are not one after the other; of packed ones there is one."""
+    return by_token(found) if found.tensors and len(found.tensors[0]) == 1 else None
 
 
-def num_tokens(found: Given | None) -> int:
-    """Of a block's call; -1 where it cannot be recorded."""
-    return -1 if found is None else sum(each.shape[:-1].numel() for each in found.tensors[:1])
+def extent_of(found: Given | None) -> Extent:
+    """Of a call; -1 tokens where it cannot be recorded."""
+    if found is None:
+        return Extent(-1)
+    rows = _rows_of(found)
+    tokens = sum(each.shape[:-1].numel() for each in found.tensors[:1])
+    return Extent(tokens) if rows is None else Extent(tokens, len(rows.lengths), rows.longest)
+
+
+def _rows_of(found: Given) -> Rows | None:
+    rows = found.masks[0].rows if found.masks else None
+    return rows if isinstance(rows, Rows) else None
 
 
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

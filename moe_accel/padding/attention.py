@@ -32,7 +32,7 @@ from moe_accel.errors import UnsupportedModelError
 from moe_accel.kernels import sinks as sink_kernels
 from moe_accel.kernels import te_attention
 from moe_accel.kernels.device import HAS_TRITON, as_autocast, capability
-from moe_accel.padding.rows import Rows
+from moe_accel.padding.rows import Rows, Slots
 
 current: ContextVar[Rows | None] = ContextVar("current", default=None)
 """The tokens of the batch that a model computes now, while it makes its masks."""
@@ -61,18 +61,13 @@ class Packed:
         window: how many tokens a token sees, itself among them; None: all before it.
     """
 
-    rows: Rows
+    rows: Rows | Slots
     window: int | None
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self.rows.lengths)
 
     @property
     def narrow_window(self) -> int | None:
         """The window where it leaves out a token of any sequence; else None."""
-        return None if self.window is None or self.window >= self.longest else self.window
+        return None if self.window is None or self.window >= self.rows.longest else self.window
 
 
 def install() -> None:
@@ -133,7 +128,8 @@ def _attention(original: Callable) -> Callable:
             if isinstance(given, Tensor) or given:
                 raise unsupported(f"attention with {name}")
         scale, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
-        done = _by_te(query, key, value, attention_mask, scale) if by_te and sinks is None else None
+        by_te = by_te and sinks is None and isinstance(attention_mask.rows, Rows)  # of slots nobody has tried it
+        done = _by_te(query, key, value, attention_mask, scale) if by_te else None
         return attend(query, key, value, attention_mask, scale, sinks) if done is None else done, None
 
     setattr(packed_attention_forward, _MARK, True)
@@ -173,7 +169,7 @@ def _by_te(query: Tensor, key: Tensor, value: Tensor, mask: Packed | None, scale
         if not te_attention.suits(query, key, value, scale, "thd", window is not None):
             return None
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-        return te_attention.attend_packed(q, k, v, mask.rows.bounds, mask.longest, window, scale).unsqueeze(0)
+        return te_attention.attend_packed(q, k, v, mask.rows.bounds, mask.rows.longest, window, scale).unsqueeze(0)
 
 
 def window_of(mask_function: Any = None, local_size: int | None = None, **rest: Any) -> int | None:
@@ -222,13 +218,18 @@ def attend(
 
     Returns:
         [1,N,Q,V], contiguous.
+
+    Raises:
+        RuntimeError: the sequences are in slots, and one kernel cannot compute them all.
     """
     query, key, value = as_autocast(query, key, value)
     scale = scale_of(query, scale)
     with torch.autocast(query.device.type, enabled=False):
         if not fits_kernel(query, value) or (sinks is not None and not HAS_TRITON):
+            if query.is_cuda and isinstance(mask.rows, Slots):
+                raise RuntimeError("sequences of other lengths every time, not by flash attention")
             return by_sequence(query, key, value, mask, scale, sinks)
-        if mask.window is None and len(set(mask.rows.lengths)) == 1:
+        if mask.window is None and mask.rows.are_alike:
             done = by_row(query, key, value, mask, scale, sinks)
             if done is not None:
                 return done
@@ -266,7 +267,7 @@ def by_kernel(
     if groups > 1 and not options and sinks is None:
         key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-    bounds, longest, window = mask.rows.bounds, mask.longest, mask.narrow_window
+    bounds, longest, window = mask.rows.bounds, mask.rows.longest, mask.narrow_window
     if sinks is not None:
         span = sink_kernels.Span(bounds, longest, window, scale)
         out = sink_kernels.attend(query, key, value, sinks, span)

@@ -39,6 +39,16 @@ class Rows:
         """N."""
         return sum(self.lengths)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+    @property
+    def are_alike(self) -> bool:
+        """Whether all sequences are as long."""
+        return len(set(self.lengths)) == 1
+
     def take(self, values: Tensor) -> Tensor:
         """[B,T,...] -> [1,N,...]."""
         flat = values.reshape(self.batch * self.length, *values.shape[2:])
@@ -69,6 +79,39 @@ class Rows:
         if value.ndim > 1 and value.shape[0] == self.num_tokens:
             return self.put(value)
         return value
+
+
+class Slots:
+    """Room for sequences of other lengths every time, for what was recorded: they are read from one place.
+
+    Behind the tokens there are pieces of nothing, up to those that there is room for; all slots behind are empty.
+
+    Attributes:
+        lengths: of what is in the slots now, on the host.
+        bounds: [S+1] int32, where each begins; the last is as many tokens as there is room for.
+        longest: tokens of the longest sequence that there is room for.
+        are_alike: False.
+    """
+
+    PIECE = 256
+    """Tokens that are nobody's, and see each other."""
+
+    def __init__(self, num_tokens: int, num_sequences: int, longest: int, device: str):
+        self._num_tokens, self.longest, self.are_alike = num_tokens, longest, False
+        self._piece = min(self.PIECE, longest)
+        num_slots = num_sequences + -(-num_tokens // self._piece)
+        self.lengths: tuple[int, ...] = ()
+        self.bounds = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
+        self._steps = torch.arange(num_slots + 1, dtype=torch.int32, device=device) * self._piece
+
+    def hold(self, rows: Rows) -> None:
+        """Put these in, by the device alone."""
+        count, behind = len(rows.lengths), len(self.bounds) - 1 - len(rows.lengths)
+        num_tokens = rows.num_tokens
+        self.bounds[: count + 1] = rows.bounds
+        torch.clamp(self._steps[1 : behind + 1] + num_tokens, max=self._num_tokens, out=self.bounds[count + 1 :])
+        ends = [min(num_tokens + at * self._piece, self._num_tokens) for at in range(behind + 1)]
+        self.lengths = *rows.lengths, *(end - start for start, end in pairwise(ends))
 
 
 def of_batch(batch: int, length: int, device: torch.device) -> Rows:

@@ -8,13 +8,13 @@ import torch
 from torch import distributed as dist
 
 from moe_accel import expert_load, track_expert_load
-from moe_accel.graphs import CALLS, agreement
+from moe_accel.graphs import CALLS, sizes
 from tests.dist.block_graphs import FAMILIES, GRAPHS, PLAIN, PLAYED, TRIED, WITHOUT, both, prepared, seen, step_of
 from tests.dist.parity import UPDATE_TOLERANCE
 from tests.dist.ranks import run_ranks, with_moe_config
 from tests.families import tiny_inputs, tiny_loss
 
-NOTED = [PLAIN] * (agreement.RAGGED + 1)
+NOTED = [PLAIN] * (sizes.RAGGED + 1)
 """Of the first steps: as ever, until so many were alike but for their tokens."""
 BEGUN = [*NOTED, "RECORD", TRIED]
 LENGTH = 9
@@ -38,7 +38,7 @@ def without_padding(steps):
     with seen() as found:
         model, optimizer = prepared()
         track_expert_load(model)
-        losses, loads, sizes = [], [], []
+        losses, loads, tokens = [], [], []
         for number in range(steps):
             inputs = tiny_inputs("qwen3_moe", 2, LENGTH, 10 * number + dist.get_rank())
             lengths = torch.tensor([[1 + (number + dist.get_rank()) % LENGTH], [LENGTH - number % 3]])
@@ -52,9 +52,9 @@ def without_padding(steps):
             loads.append([sum(layer["tokens"]) for layer in expert_load(model).values()])
             everywhere = torch.tensor(int(mask.sum()))
             dist.all_reduce(everywhere)
-            sizes.append(int(everywhere))
+            tokens.append(int(everywhere))
     dist.destroy_process_group()
-    return {"losses": losses, "loads": loads, "sizes": sizes, **found}
+    return {"losses": losses, "loads": loads, "tokens": tokens, **found}
 
 
 def test_batches_without_their_padding_are_played_and_every_token_is_counted_once():
@@ -64,8 +64,8 @@ def test_batches_without_their_padding_are_played_and_every_token_is_counted_onc
     for one, other in zip(ours, theirs, strict=True):
         assert one["losses"] == pytest.approx(other["losses"], rel=UPDATE_TOLERANCE)
         assert one["decided"] == [*BEGUN, *[PLAYED] * 5]
-        assert one["loads"] == other["loads"] == [[2 * size] * 2 for size in one["sizes"]]
-        assert len(set(one["sizes"])) > 3
+        assert one["loads"] == other["loads"] == [[2 * size] * 2 for size in one["tokens"]]
+        assert len(set(one["tokens"])) > 3
 
 
 MANY = 16
@@ -86,13 +86,13 @@ def often_many(number, rank):
 
 
 def soon(model, number):
-    agreement.TOO_MANY = 2
+    sizes.TOO_MANY = 2
 
 
 def test_room_is_made_for_more_tokens_where_too_often_there_are():
-    steps = 16 + 3 + agreement.RAGGED + 4
+    steps = 16 + 3 + sizes.AGAIN + 4
     ours = both(steps, family="qwen3_moe", rows=often_many, before=soon)
-    again = [PLAIN] * (3 + agreement.RAGGED) + ["RECORD", TRIED, PLAYED, PLAYED]
+    again = [PLAIN] * (3 + sizes.AGAIN) + ["RECORD", TRIED, PLAYED, PLAYED]
     assert ours[0]["decided"] == [*BEGUN, *[PLAYED] * 3, *again]
 
 
@@ -101,7 +101,7 @@ def alike_at_first(number, rank):
 
 
 def test_blocks_that_were_recorded_for_one_size_are_recorded_for_all():
-    steps = CALLS + 4 + 3 + agreement.RAGGED + 4
+    steps = CALLS + 4 + 3 + sizes.RAGGED + 4
     ours = both(steps, family="qwen3_moe", rows=alike_at_first, before=soon)
     decided = ours[0]["decided"]
     assert decided[: CALLS + 4] == [PLAIN] * CALLS + ["RECORD", TRIED, PLAYED, PLAYED]

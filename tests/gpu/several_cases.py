@@ -137,7 +137,7 @@ def plan(gpus: int, deep: int, shallow: int, load_layers: int) -> list[Case]:
         add("full", four, arm)
     add("full", one, "elastic_unwrapped", "elastic_graphs")
     add("lora", one, "stock", "alltoall", "ep1", "unwrapped", "attention_graphs", "graphs")
-    add("ragged", most, "stock", "alltoall", "unwrapped", "graphs")
+    add("ragged", most, "stock", "alltoall", "unwrapped", "attention_graphs", "graphs")
     add("lora", four, "stock", "alltoall", "ep1")
     add("full", most, "alltoall", "unwrapped", "ep1", "stock", "native_ep")
     add("full", one, "stock_newer")

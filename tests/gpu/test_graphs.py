@@ -65,6 +65,31 @@ def test_that(case):
     case(pair)
 
 
+@pytest.mark.parametrize("family", cases.RAGGED_FAMILIES)
+@pytest.mark.parametrize("mode", ["bf16", "mixed"])
+def test_ragged_batches_train_as_without(family, mode):
+    cases.trains_with_other_sizes(pair, cases.ragged, family, TOLERANCES[mode], mode=mode)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "glm4_moe"])
+def test_packed_rows_train_as_without(family):
+    cases.trains_with_other_sizes(pair, cases.packed, family, TOLERANCES["bf16"], mode="bf16")
+
+
+@pytest.mark.parametrize("case", cases.OTHER_SIZES, ids=lambda case: case.__name__)
+def test_other_sizes(case):
+    case(pair, TOLERANCES["bf16"], mode="bf16")
+
+
+@pytest.mark.filterwarnings("ignore:.*without a CUDA graph. sequences of other lengths")
+def test_attention_in_fp32_is_computed_as_ever_for_ragged_batches():
+    model, twin = pair()
+    for step in range(cases.UNTIL + 3):
+        given = cases.ragged(model, step)
+        cases.assert_same(cases.trained(model, given), cases.trained(twin, given))
+    assert cases.turns(model) == [None, None]
+
+
 @pytest.mark.parametrize("change", cases.CHANGES)
 def test_a_change_is_seen(change):
     cases.a_change_is_seen(pair, change)

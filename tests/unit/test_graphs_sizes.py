@@ -4,46 +4,68 @@ import pytest
 import torch
 
 from moe_accel.graphs.calls import Unusual, given
-from moe_accel.graphs.sizes import STEP, Capacity, by_token
+from moe_accel.graphs.sizes import (
+    MOST_TOKENS,
+    ONE_IN,
+    RAGGED,
+    STEP,
+    TOO_MANY,
+    Capacity,
+    Extent,
+    Seen,
+    by_token,
+    extent_of,
+)
+from moe_accel.padding.attention import Packed
+from moe_accel.padding.rows import Rows, Slots
 
 
 def called(*shapes, **kwargs):
     return given("cpu", tuple(torch.ones(each) for each in shapes), kwargs)
 
 
-def test_capacities_are_multiples():
-    assert [Capacity(most, "cpu").most for most in (1, STEP, STEP + 1)] == [STEP, STEP, 2 * STEP]
+def of(*tensors):
+    return given("cpu", tensors, {})
+
+
+def room():
+    return Capacity(Extent(STEP), "cpu")
+
+
+def rows_of(*lengths):
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+    return Rows(1, sum(lengths), lengths, bounds, None)
 
 
 def test_fewer_tokens_come_first_and_what_was_behind_them_is_gone():
-    sizes = Capacity(STEP, "cpu")
-    room = torch.full((1, STEP, 3), torch.nan)
+    sizes = room()
+    taken = torch.full((1, STEP, 3), torch.nan)
     tokens = torch.arange(30.0).view(2, 5, 3)
-    sizes.begin([tokens])
-    sizes.fill([room], [tokens])
-    assert room[0, :10].equal(tokens.view(10, 3))
-    assert not room[0, 10:].any()
+    sizes.begin(of(tokens))
+    sizes.fill([taken], [tokens])
+    assert taken[0, :10].equal(tokens.view(10, 3))
+    assert not taken[0, 10:].any()
     assert sizes.behind[:, 0].tolist() == [False] * 10 + [True] * (STEP - 10)
-    (cut,) = sizes.cut([room])
+    (cut,) = sizes.cut([taken])
     assert cut.equal(tokens)
     more = torch.ones(1, 12, 3)
-    sizes.begin([more])
+    sizes.begin(of(more))
     assert sizes.behind[:, 0].tolist() == [False] * 12 + [True] * (STEP - 12)
 
 
 def test_gradients_that_are_not_in_order_of_memory_are_put_in_order():
-    sizes, room = Capacity(STEP, "cpu"), torch.empty(1, STEP, 3)
+    sizes, taken = room(), torch.empty(1, STEP, 3)
     gradient = torch.ones(()).expand(2, 5, 3) * torch.arange(3.0).view(3, 1).t()
     turned = torch.arange(30.0).view(5, 2, 3).transpose(0, 1)
     for each in (gradient, turned, torch.ones(()).expand(2, 5, 3)):
-        sizes.begin([each])
-        sizes.fill([room], [each])
-        assert room[0, :10].equal(each.reshape(10, 3))
+        sizes.begin(of(each))
+        sizes.fill([taken], [each])
+        assert taken[0, :10].equal(each.reshape(10, 3))
 
 
 def test_outputs_of_each_token_may_have_one_dimension_less():
-    sizes = Capacity(STEP, "cpu")
-    sizes.begin([torch.ones(2, 5, 3)])
+    sizes = room()
+    sizes.begin(of(torch.ones(2, 5, 3)))
     found = sizes.cut([torch.arange(1.0 * STEP), torch.ones(1, STEP, 4), None])
     assert found[0].equal(torch.arange(10.0))
     assert found[1].shape == (2, 5, 4)
@@ -53,15 +75,15 @@ def test_outputs_of_each_token_may_have_one_dimension_less():
 @pytest.mark.parametrize("made", [torch.ones(()), torch.ones(4, STEP), (torch.ones(1, STEP, 3), 7)])
 def test_what_is_not_of_each_token_is_refused(made):
     with pytest.raises(Unusual):
-        Capacity(STEP, "cpu").check(made)
+        room().check(made)
 
 
 def test_all_tokens_and_nothing_are_not():
-    Capacity(STEP, "cpu").check((torch.ones(1, STEP, 3), [torch.ones(STEP), None]))
+    room().check((torch.ones(1, STEP, 3), [torch.ones(STEP), None]))
 
 
 def test_calls_fit_that_are_alike_but_for_their_tokens():
-    sizes, kind = Capacity(STEP, "cpu"), by_token(called((2, 5, 3), more=True))
+    sizes, kind = room(), by_token(called((2, 5, 3), more=True))
     assert sizes.takes(kind, called((1, STEP, 3), more=True))
     assert not sizes.takes(kind, called((1, STEP + 1, 3), more=True))
     assert not sizes.takes(kind, called((2, 5, 4), more=True))
@@ -70,6 +92,87 @@ def test_calls_fit_that_are_alike_but_for_their_tokens():
     assert not sizes.takes(kind, wide)
 
 
-@pytest.mark.parametrize("shapes", [[], [(5, 3)], [(2, 5, 3), (2, 6, 3)], [(2, 5, 3), (2, 5)], [(2, 5, 3, 4)]])
+@pytest.mark.parametrize("shapes", [[], [(5, 3)], [(2, 5, 3), (2, 6, 3)], [(2, 5, 3), (5,)], [(2, 5, 3, 4)]])
 def test_calls_with_other_tensors_have_no_kind_of_any_number_of_tokens(shapes):
     assert by_token(called(*shapes)) is None
+
+
+def test_sequences_are_in_slots_with_pieces_of_nothing_behind():
+    slots = Slots(2 * STEP, 3, STEP, "cpu")
+    slots.hold(rows_of(5, 0, 60))
+    assert slots.lengths == (5, 0, 60, STEP, STEP - 65)
+    assert slots.bounds.tolist() == [0, 5, 5, 65, 65 + STEP, 2 * STEP]
+    slots.hold(rows_of(2 * STEP - 1))
+    assert slots.lengths == (2 * STEP - 1, 1, 0, 0, 0)
+    assert slots.bounds.tolist() == [0, 2 * STEP - 1, *[2 * STEP] * 4]
+    slots.hold(rows_of(STEP, STEP))
+    assert slots.lengths == (STEP, STEP, 0, 0, 0)
+
+
+def packed(*lengths, window=None):
+    return given("cpu", (torch.ones(1, sum(lengths), 3), Packed(rows_of(*lengths), window)), {})
+
+
+def test_packed_sequences_fit_that_are_no_more_and_no_longer():
+    sizes, kind = Capacity(Extent(2 * STEP, 2, STEP), "cpu"), by_token(packed(3, 4))
+    assert sizes.takes(kind, packed(STEP, STEP))
+    assert not sizes.takes(kind, packed(1, 1, 1))
+    assert not sizes.takes(kind, packed(STEP + 1))
+    assert not sizes.takes(kind, packed(3, 4, window=2))
+    assert not sizes.takes(kind, called((1, 7, 3)))
+
+
+def test_recorded_calls_read_where_sequences_begin_from_one_place():
+    sizes, first = Capacity(Extent(2 * STEP, 2, STEP), "cpu"), packed(3, 4, window=2)
+    inputs, (args, _) = sizes.room_for(first)
+    assert args[0] is inputs[0]
+    assert args[1].window == 2
+    assert args[1].rows.lengths[:2] == (3, 4)
+    assert sizes.holds(first)
+    other = packed(3, 4, window=2)
+    assert not sizes.holds(other)
+    sizes.begin(packed(9))
+    assert args[1].rows.lengths[0] == 9
+
+
+def noted(*sizes, is_within=True):
+    seen = Seen()
+    seen.note(False, is_within, [Extent(1)])
+    for each in sizes:
+        seen.note(True, is_within, each)
+    return seen
+
+
+def test_a_capacity_is_the_most_of_all_that_were_seen():
+    seen = noted(*[[Extent(50 + at, 3, 20), Extent(STEP + 2, 2 + at % 3, 10)] for at in range(RAGGED + 1)])
+    assert seen.are_enough
+    assert seen.capacity == Extent(2 * STEP, 4, STEP)
+    assert not noted(*[[Extent(5)]] * RAGGED).are_enough
+    seen.note(False, True, [Extent(5)])
+    assert not seen.calls
+    assert seen.most == Extent()
+
+
+def test_there_is_no_room_for_more_tokens_than_they_always_are():
+    assert noted(*[[Extent(77, 1, 77)]] * (RAGGED + 1)).capacity == Extent(77, 1, STEP)
+    assert noted(*[[Extent(MOST_TOKENS - at)] for at in range(20)]).capacity == Extent(MOST_TOKENS)
+    always_more = noted(*[[Extent(MOST_TOKENS + 5)]] * (RAGGED + 1))
+    assert always_more.are_enough
+    assert always_more.capacity == Extent(MOST_TOKENS + 5)
+    assert not noted(*[[Extent(MOST_TOKENS + 5 + at % 2)] for at in range(20)]).are_enough
+    assert not noted(*[[Extent(9)]] * 20, is_within=False).calls
+
+
+def test_one_in_so_many_may_be_too_large():
+    seen = Seen()
+    for _ in range(100):
+        assert not seen.misses()
+        for _ in range(ONE_IN):
+            seen.fits()
+    assert [seen.misses() for _ in range(TOO_MANY + 1)] == [False] * TOO_MANY + [True]
+
+
+def test_an_extent_is_of_tokens_and_of_sequences():
+    assert extent_of(None) == Extent(-1)
+    assert extent_of(called((2, 5, 3))) == Extent(10)
+    assert extent_of(packed(3, 4, 1)) == Extent(8, 3, 4)

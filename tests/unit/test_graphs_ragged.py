@@ -1,0 +1,95 @@
+"""Attention that is recorded for a capacity, as batches have other numbers of tokens, or sequences, in every step.
+
+With what stands for a graph (`pretended_graphs.py`); on a GPU: `tests/gpu/test_graphs.py`.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from moe_accel import graphs, padding
+from tests import graphs as cases
+from tests.families import build_tiny
+from tests.graphs import UNTIL, assert_same, ragged, told, trained, turns
+from tests.pretended_graphs import Pretended
+
+
+def pair(family="qwen3_moe"):
+    model = build_tiny(family)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        assert padding.install(each).value == "left out"
+        graphs.leave_cache_out(each)
+    assert graphs.record_attention(model, Pretended())
+    return model, twin
+
+
+@pytest.mark.parametrize("family", cases.RAGGED_FAMILIES)
+def test_ragged_batches_train_as_without(family):
+    cases.trains_with_other_sizes(pair, ragged, family)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "glm4_moe"])
+def test_packed_rows_train_as_without(family):
+    cases.trains_with_other_sizes(pair, cases.packed, family)
+
+
+@pytest.mark.parametrize("case", cases.OTHER_SIZES, ids=lambda case: case.__name__)
+def test_that(case):
+    case(pair)
+
+
+def test_rows_of_one_length_after_ragged_ones_fit_too():
+    model, twin = pair()
+    for step in range(UNTIL + 2):
+        trained(model, ragged(model, step))
+    whole = ragged(model, 70)
+    whole["attention_mask"][:] = 1
+    whole["attention_mask"][0, 20:] = whole["attention_mask"][1, 20:] = 0
+    whole["labels"] = whole["input_ids"].masked_fill(whole["attention_mask"] == 0, -100)
+    assert_same(trained(model, whole), trained(twin, whole))
+    assert set(turns(model)) == {3}
+
+
+def test_what_was_recorded_for_one_size_is_recorded_for_all(monkeypatch):
+    monkeypatch.setattr("moe_accel.graphs.sizes.TOO_MANY", 8)
+    model, twin = pair()
+    for step in range(4):
+        trained(model, cases.batch(model, step))
+    assert set(turns(model)) == {2}
+    # of other calls the first is unlike those before, nine are too many, and of the next ones the third is recorded
+    for step in range(4, 4 + UNTIL + 6):
+        assert_same(trained(model, ragged(model, step)), trained(twin, ragged(model, step)))
+    assert set(turns(model)) == {5}
+
+
+def test_a_row_of_other_lengths_without_a_mask_is_played_and_several_are_not():
+    model, twin = pair()
+    for step in range(UNTIL + 3):
+        given = {name: each[:1] for name, each in cases.batch(model, step, length=20 + step % 7).items()}
+        assert_same(trained(model, given), trained(twin, given))
+    assert set(turns(model)) == {3}
+    model, twin = pair()
+    with told() as said:
+        for step in range(UNTIL + 3):
+            given = cases.batch(model, step, length=20 + step % 7)
+            assert_same(trained(model, given), trained(twin, given))
+    assert set(turns(model)) == {0}
+    assert [each for each in said if "calls of which no three are alike" in each]
+
+
+def test_numbers_that_are_not_finite_in_one_step_are_not_in_the_next():
+    model, twin = pair()
+    for step in range(UNTIL + 2):
+        trained(model, ragged(model, step))
+    long, short = ragged(model, 3), ragged(model, 4)
+    long["attention_mask"][:] = 1
+    long["attention_mask"][0, -1] = 0
+    long["labels"] = long["input_ids"].masked_fill(long["attention_mask"] == 0, -100)
+    hook = model.model.embed_tokens.register_forward_hook(lambda *given: given[-1] * torch.nan)
+    trained(model, long)
+    hook.remove()
+    found = trained(model, short)
+    assert set(turns(model)) == {4}
+    assert_same(found, trained(twin, short))
