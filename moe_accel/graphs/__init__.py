@@ -24,16 +24,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from moe_accel import experts
 from moe_accel.dispatch import AllGather
-from moe_accel.graphs.agreement import MOST_TOKENS, Agreement
+from moe_accel.graphs.agreement import Agreement
 from moe_accel.graphs.blocks import BlockGraphs, let_nccl_record, outlive_none, why_no_blocks
 from moe_accel.graphs.module import CALLS, LONG, OPEN, OTHER_CALLS, PASSED_BY, RECORDINGS, Graphed, Graphs
 from moe_accel.graphs.record import Recording
 from moe_accel.graphs.recorder import Recorder
+from moe_accel.graphs.sizes import MOST_TOKENS, most_alike
 from moe_accel.ranks import urgent
 from moe_accel.report import short
 from moe_accel.swap import become
@@ -69,7 +71,8 @@ def install(
         stays = f"; FSDP2 leaves {short(sum(each.numel() for each in kept))} weights gathered" if gathers else ""
         said = [f"attention of {len(attention)} layers as CUDA graphs, from the fifth of equal steps on{stays}"]
     if blocks:
-        said.append(f"blocks with experts of {len(blocks)} layers likewise, for {MOST_TOKENS:,} tokens a rank at most")
+        tokens = f"{most_alike(dist.get_world_size()):,} tokens a rank at most, {MOST_TOKENS:,} where that changes"
+        said.append(f"blocks with experts of {len(blocks)} layers likewise, for {tokens}")
     elif why_not is None or why_not:
         said.append(
             f"no CUDA graphs of blocks with experts: {why_not or 'attention is in them, or a forward of their own'}"

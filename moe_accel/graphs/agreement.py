@@ -18,7 +18,7 @@ import torch.distributed as dist
 from moe_accel.graphs.calls import Given
 from moe_accel.graphs.module import CALLS, OTHER_CALLS, RECORDINGS
 from moe_accel.graphs.recorder import Recorder
-from moe_accel.graphs.sizes import AS_GIVEN, MOST_TOKENS, RAGGED, AsGiven, Extent, Seen, by_token, extent_of
+from moe_accel.graphs.sizes import AS_GIVEN, MOST_TOKENS, RAGGED, AsGiven, Extent, Seen, by_token, extent_of, most_alike
 from moe_accel.ranks import group_of_hosts
 
 WAITING = 100
@@ -161,7 +161,7 @@ class Agreement:
             return self._end(_why_unusual(tokens))
         if is_recorded:
             return self._of_recorded(ranks, is_ragged)
-        is_usual = is_within and min(tokens) == max(tokens)
+        is_usual = 0 < min(tokens) == max(tokens) <= most_alike(len(ranks))
         self._calls = self._calls if is_usual else 0
         are_alike = is_usual and min(each.calls for each in ranks) > (OTHER_CALLS if self.recorder.varies else CALLS)
         are_enough = is_ragged and self._seen.are_enough
@@ -211,7 +211,8 @@ def _why_unusual(tokens: Sequence[int]) -> str:
     """Of the last forward, on all ranks."""
     if min(tokens) < 0:
         return ""
-    if min(tokens) > 0 and max(tokens) <= MOST_TOKENS:
+    most = most_alike(len(tokens)) if min(tokens) == max(tokens) else MOST_TOKENS
+    if min(tokens) > 0 and max(tokens) <= most:
         return "no forwards in a row that are alike, or none without another's backward to come"
     told = f"{max(tokens):,}" if min(tokens) == max(tokens) else f"{min(tokens):,} to {max(tokens):,}"
-    return f"{told} tokens on each rank: some, and {MOST_TOKENS:,} at most"
+    return f"{told} tokens on each rank: some, and {most:,} at most"

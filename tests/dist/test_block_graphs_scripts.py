@@ -4,7 +4,7 @@ import pytest
 from torch import distributed as dist
 from torch import nn
 
-from moe_accel.graphs import CALLS, agreement
+from moe_accel.graphs import CALLS, agreement, sizes
 from tests.dist.block_graphs import (
     BEGUN,
     ELSEWHERE,
@@ -124,7 +124,7 @@ def test_of_two_forwards_before_a_backward_the_first_is_played():
 
 def large(model, number):
     if number == 0:
-        agreement.MOST_TOKENS = 17
+        sizes.MOST_ALIKE = agreement.MOST_TOKENS = 17
 
 
 def test_more_tokens_than_pay_are_left_to_attention():
@@ -137,7 +137,7 @@ def test_more_tokens_than_pay_are_left_to_attention():
 
 
 def soon(model, number):
-    agreement.OTHER_CALLS, agreement.WAITING = 3, 4
+    agreement.OTHER_CALLS, agreement.WAITING, agreement.MOST_TOKENS = 3, 4, 20
 
 
 def uneven_from_six_on(number, rank):
@@ -147,7 +147,7 @@ def uneven_from_six_on(number, rank):
 def test_what_is_recorded_and_never_called_alike_again_is_let_go_of_with_a_word():
     ours = both(17, family="qwen3_moe", before=soon, rows=uneven_from_six_on)
     assert ours[0]["decided"] == [*BEGUN, PLAYED, PLAYED, *[PLAIN] * 4, *[PLAIN] * 5]
-    why = "other numbers of tokens on other ranks, 18 to 27 in one step"
+    why = "18 to 27 tokens on each rank: some, and 20 at most"
     for each in ours:
         assert each["said"] == [f"Qwen3MoeSparseMoeBlock is computed without a CUDA graph, because of {why}"]
 

@@ -15,6 +15,7 @@ from moe_accel.graphs.sizes import (
     Seen,
     by_token,
     extent_of,
+    most_alike,
 )
 from moe_accel.padding.attention import Packed
 from moe_accel.padding.rows import Rows, Slots
@@ -176,3 +177,7 @@ def test_an_extent_is_of_tokens_and_of_sequences():
     assert extent_of(None) == Extent(-1)
     assert extent_of(called((2, 5, 3))) == Extent(10)
     assert extent_of(packed(3, 4, 1)) == Extent(8, 3, 4)
+
+
+def test_more_ranks_have_fewer_tokens_each():
+    assert [most_alike(ranks) for ranks in (2, 4, 8)] == [8192, 8192, 4096]
