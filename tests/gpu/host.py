@@ -9,7 +9,7 @@ prints     for each case the milliseconds of a step, and the host's of forward, 
 writes     FOLDER/host_CASE.txt: those lines with their callers, cProfile's tables; FOLDER/ops_CASE.txt: torch's
            operations and the GPU's kernels
 
-A case is a kind and an arm of `several.py`: Qwen3-30B-A3B's shapes, one sequence of 4096 tokens a GPU.
+A case is a kind and an arm of `several.py`: Qwen3-30B-A3B's shapes, one sequence of 4096 tokens a GPU, or ragged ones.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
     failed, args.newer = False, None
     for case in args.cases:
         kind, arm = case.split("-")
-        measured = Case(kind, arm, args.gpus, 1, args.layers or layers)
+        measured = Case(kind, arm, args.gpus, 4 if kind == "ragged" else 1, args.layers or layers)
         job = asdict(measured)
         job |= {"shape": shape, "sequence": sequence, "warmup": WARMUP, "steps": STEPS, "device": args.device}
         job |= {"folder": str(args.out.resolve()), "checkpoint": ""}
@@ -83,10 +83,12 @@ def rank(given: str) -> None:
     device, is_main = several_rank.own_device(job), os.environ.get("RANK", "0") == "0"
     _, model = several_rank.build(job, device)
     model, optimizer, _ = several_rank.spread(job, model)
-    tokens = several_rank.tokens_of(int(os.environ.get("RANK", "0")), job, model.config.vocab_size).to(device)
+    own, vocabulary = int(os.environ.get("RANK", "0")), model.config.vocab_size
+    batches = [several_rank.batch_of(own, number, job, vocabulary, device) for number in several_rank.steps_of(job)]
+    of_steps = itertools.cycle(batches)
 
     def forward() -> torch.Tensor:
-        return model(input_ids=tokens, labels=tokens).loss
+        return model(**next(of_steps)).loss
 
     def update() -> None:
         optimizer.step()
@@ -119,7 +121,7 @@ def rank(given: str) -> None:
         if is_main:
             print(times[-1], flush=True)
 
-    for _ in range(job.warmup):
+    for _ in range(several_rank.untimed_and_timed(job)[0]):
         step()
     if is_main:
         print("a step, its forward, backward, optimizer, wait for the GPU")
