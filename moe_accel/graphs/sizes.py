@@ -203,11 +203,11 @@ class Seen:
 
     @property
     def capacity(self) -> Extent:
-        """For all that was seen."""
+        """For all that was seen, and for more and longer sequences, which cost next to nothing where they do not come."""
         tokens, sequences, longest = self.most
         if tokens != self._fewest:
             tokens = min(_whole_steps(tokens), max(tokens, MOST_TOKENS))
-        return Extent(tokens, sequences, _whole_steps(longest))
+        return Extent(tokens, 2 * sequences, min(_whole_steps(longest + longest // 4), tokens))
 
     def misses(self) -> bool:
         """What is recorded has no room for this one: whether that is so too often."""

@@ -144,10 +144,10 @@ def noted(*sizes, is_within=True):
     return seen
 
 
-def test_a_capacity_is_the_most_of_all_that_were_seen():
+def test_a_capacity_is_for_the_most_of_all_that_were_seen_and_for_more_and_longer_sequences():
     seen = noted(*[[Extent(50 + at, 3, 20), Extent(STEP + 2, 2 + at % 3, 10)] for at in range(RAGGED + 1)])
     assert seen.are_enough
-    assert seen.capacity == Extent(2 * STEP, 4, STEP)
+    assert seen.capacity == Extent(2 * STEP, 8, STEP)
     assert not noted(*[[Extent(5)]] * RAGGED).are_enough
     seen.note(False, True, [Extent(5)])
     assert not seen.calls
@@ -155,7 +155,7 @@ def test_a_capacity_is_the_most_of_all_that_were_seen():
 
 
 def test_there_is_no_room_for_more_tokens_than_they_always_are():
-    assert noted(*[[Extent(77, 1, 77)]] * (RAGGED + 1)).capacity == Extent(77, 1, STEP)
+    assert noted(*[[Extent(77, 1, 77)]] * (RAGGED + 1)).capacity == Extent(77, 2, 77)
     assert noted(*[[Extent(MOST_TOKENS - at)] for at in range(20)]).capacity == Extent(MOST_TOKENS)
     always_more = noted(*[[Extent(MOST_TOKENS + 5)]] * (RAGGED + 1))
     assert always_more.are_enough
