@@ -203,7 +203,7 @@ class Seen:
 
     @property
     def capacity(self) -> Extent:
-        """For all that was seen, and for more and longer sequences, which cost next to nothing where they do not come."""
+        """For all that was seen, and more and longer sequences, which cost next to nothing where they do not come."""
         tokens, sequences, longest = self.most
         if tokens != self._fewest:
             tokens = min(_whole_steps(tokens), max(tokens, MOST_TOKENS))
