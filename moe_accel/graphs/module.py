@@ -119,7 +119,7 @@ class Graphs:
             return False
         if self.calls > (OTHER_CALLS if self.recorder.varies else CALLS):
             self._record(module, own, found, AS_GIVEN)
-        elif self.seen.are_enough:
+        elif is_ragged and self.seen.are_enough:
             self._record(module, own, found, self.recorder.capacity(self.seen.capacity))
         elif self.calls == 1 and not is_ragged:
             self._pass_by(module, "calls of which no three are alike")

@@ -93,3 +93,18 @@ def test_numbers_that_are_not_finite_in_one_step_are_not_in_the_next():
     found = trained(model, short)
     assert set(turns(model)) == {4}
     assert_same(found, trained(twin, short))
+
+
+def test_what_there_may_be_no_room_for_is_not_recorded(monkeypatch):
+    for module in ("module", "sizes"):
+        monkeypatch.setattr(f"moe_accel.graphs.{module}.MOST_TOKENS", 100)
+    model, twin = pair()
+    for step in range(UNTIL + 4):
+        is_long = step == UNTIL + 1
+        given = ragged(model, step, length=400 if is_long else 48)
+        assert (int(given["attention_mask"].sum()) > 100) == is_long
+        with monkeypatch.context() as patch:
+            if step == UNTIL:  # put off, once enough was seen
+                patch.setattr(Pretended, "may_record", False)
+            assert_same(trained(model, given), trained(twin, given))
+    assert set(turns(model)) == {2}
