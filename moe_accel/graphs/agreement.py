@@ -68,14 +68,13 @@ class Agreement:
     Attributes:
         why_ended: why all is computed as ever, for good: empty where it is for a rank to say; None: it is not.
         decision: of this forward.
-        sizes: for which blocks are recorded.
     """
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
         self.why_ended: str | None = None
         self.decision = Decision.COMPUTE
-        self.sizes: AsGiven = AS_GIVEN
+        self._capacity: Extent | None = None  # for which blocks are recorded
         self._group: Any = None
         # Blocks, which have this: in this forward, in the one before, and ever.
         self._called: list[weakref.ref[Any]] = []
@@ -117,6 +116,10 @@ class Agreement:
         self._called.append(weakref.ref(block))
         return self.decision
 
+    def sizes_for(self, found: Given) -> AsGiven:
+        """What such a call is recorded for, where that was decided."""
+        return AS_GIVEN if self._capacity is None else self.recorder.capacity(self._capacity, found)
+
     def _state(self, first: Any, found: Given | None) -> State:
         self._calls = self._calls + 1 if found is not None and found.kind == self._kind else int(found is not None)
         kind = found and by_token(found)
@@ -151,8 +154,7 @@ class Agreement:
     def _decide(self, ranks: Sequence[State]) -> Decision:
         """The same on all ranks, as it depends on nothing but what all were told, now and before."""
         tokens = [each.num_tokens for each in ranks]
-        is_within = min(tokens) > 0 and max(tokens) <= MOST_TOKENS
-        is_ragged = self._seen.note(all(each.is_alike for each in ranks), is_within, list(map(Extent, tokens)))
+        is_ragged = self._note(ranks)
         is_recorded = any(each.recorded for each in ranks)
         self._waited = 0 if is_recorded else self._waited + 1
         if any(each.has_ended for each in ranks):
@@ -167,8 +169,15 @@ class Agreement:
         are_enough = is_ragged and self._seen.are_enough
         if not (are_alike or are_enough) or not all(each.may_record for each in ranks):
             return Decision.COMPUTE
-        self.sizes = AS_GIVEN if are_alike else self.recorder.capacity(self._seen.capacity)
+        self._capacity = None if are_alike else self._seen.capacity
         return Decision.RECORD
+
+    def _note(self, ranks: Sequence[State]) -> bool:
+        """Whether all calls are like those before but for their tokens, and there may be room for so many."""
+        if all(each.is_alike for each in ranks):
+            return self._seen.note([Extent(each.num_tokens) for each in ranks], MOST_TOKENS)
+        self._seen.forget()
+        return False
 
     def _of_recorded(self, ranks: Sequence[State], is_ragged: bool) -> Decision:
         is_busy = any(each.is_busy for each in ranks)

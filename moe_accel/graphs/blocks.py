@@ -190,7 +190,7 @@ class BlockGraphs(Graphs):
     def _record_now(self, module: nn.Module, own: Callable, found: Given) -> None:
         """Record this call, as all ranks do: each computes it once more with them, before."""
         self.recorded += 1
-        sizes = self.agreement.sizes
+        sizes = self.agreement.sizes_for(found)
         around = (
             partial(experts.known_sizes, behind=sizes.behind) if isinstance(sizes, Capacity) else experts.known_sizes
         )

@@ -49,7 +49,7 @@ def given(device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gi
         raise Unusual("a mask")
     tensors: list[Tensor] = []
     structure = args, tuple(kwargs.items())
-    kind, masks = kind_of(structure, tensors), [each for each in (*args, *kwargs.values()) if isinstance(each, Packed)]
+    kind, masks = kind_of(structure, tensors), list(_packed_in(structure))
     autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     stream, device = None, torch.device(device_type)
     if device_type == "cuda":
@@ -83,6 +83,15 @@ def kind_of(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Packed):  # of the same lengths: the same
         return Packed, tuple(value.rows.lengths), value.window
     raise Unusual(type(value).__name__)
+
+
+def _packed_in(value: Any) -> Iterator[Packed]:
+    """The masks of packed sequences in a structure."""
+    if isinstance(value, Packed):
+        yield value
+    elif type(value) in (tuple, list):
+        for each in value:
+            yield from _packed_in(each)
 
 
 def without_sizes(kind: Any) -> Any:

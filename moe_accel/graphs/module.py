@@ -13,7 +13,7 @@ from moe_accel.backward import in_backward
 from moe_accel.graphs.calls import Given, Unusual, Watched, given
 from moe_accel.graphs.record import Recording
 from moe_accel.graphs.recorder import Recorder
-from moe_accel.graphs.sizes import AS_GIVEN, MOST_TOKENS, AsGiven, Seen, by_token_in_one_row, extent_of
+from moe_accel.graphs.sizes import AS_GIVEN, MOST_TOKENS, AsGiven, OneRow, Seen, by_token_of_one_row, extent_of
 
 CALLS = 2
 """Calls of a kind, one after the other, that are computed as ever before it is recorded."""
@@ -50,7 +50,7 @@ class Graphs:
         self.owner: Any = None
         self.recording: Recording | None = None
         self.kind: Any = None
-        self.seen, self._kind_by_token, self._tokens = Seen(), None, 0
+        self.seen, self._kind_by_token = Seen(), None
         self.calls = self.passed_by = self.recorded = self.put_off = 0
         self.gathered: list[Any] = []
 
@@ -92,7 +92,7 @@ class Graphs:
             self.drop()
             return own(*args, **kwargs)
         self.calls = self.passed_by = 0
-        self.seen.fits()
+        self.seen.fits(as_much=recording.sizes is AS_GIVEN and by_token_of_one_row(found) is None)
         self.tell_if_open(module, recording)
         return recording.play(found, own)
 
@@ -120,18 +120,21 @@ class Graphs:
         if self.calls > (OTHER_CALLS if self.recorder.varies else CALLS):
             self._record(module, own, found, AS_GIVEN)
         elif is_ragged and self.seen.are_enough:
-            self._record(module, own, found, self.recorder.capacity(self.seen.capacity))
-        elif self.calls == 1 and not is_ragged:
+            self._record(module, own, found, self.recorder.capacity(self.seen.capacity, found, OneRow))
+        elif self.calls == 1 and not (is_ragged or self.seen.is_constant):
             self._pass_by(module, "calls of which no three are alike")
         return self.recording is not None
 
     def _note(self, found: Given) -> bool:
-        """Whether such calls are alike but for their tokens, and these not too many."""
-        kind, extent = by_token_in_one_row(found), extent_of(found)
-        is_alike = kind is not None and kind == self._kind_by_token
-        is_within = extent.tokens <= MOST_TOKENS or extent.tokens == self._tokens
-        self._kind_by_token, self._tokens = kind, extent.tokens
-        return self.seen.note(is_alike, is_within, [extent])
+        """Whether this call is like those before but for its tokens, and there may be room for so many."""
+        kind = by_token_of_one_row(found)
+        if kind is None:  # several rows: they come between those that are alike
+            return False
+        if kind != self._kind_by_token:
+            self._kind_by_token = kind
+            self.seen.forget()
+            return False
+        return self.seen.note([extent_of(found)], MOST_TOKENS, constant=True)
 
     def _pass_by(self, module: nn.Module, reason: str) -> None:
         """Say once of a model why nothing is recorded, where it goes on like this."""
@@ -154,6 +157,7 @@ class Graphs:
         watched = Watched(module)
         if not (watched.trained() or any(each.requires_grad for each in found.tensors)):
             self.calls = -OTHER_CALLS  # nothing to train yet
+            self.seen.forget()
             return
         if not self.recorder.may_record:
             self._put_off(module)

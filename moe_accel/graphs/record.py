@@ -45,6 +45,7 @@ class Recording:
     Attributes:
         kind: of the calls that it can play, see `takes`.
         watched: the module as it was.
+        sizes: what it is recorded for.
         number: how many were recorded before it, and it.
         num_played: how often its forward was played.
         era: of the recorder, when it was recorded.
@@ -81,7 +82,7 @@ class Recording:
         """
         if sizes.kind_of(found) is None:
             raise Unusual("tensors that are not of each token")
-        self.kind, self.watched, self._sizes = sizes.kind_of(found), watched, sizes
+        self.kind, self.watched, self.sizes = sizes.kind_of(found), watched, sizes
         self.num_played, self._turn, self.is_alone = 0, None, False
         self.number, self.era, self._recorder = recorder.number(), recorder.era, recorder
         self.trial, self._around = Trial(recorder.round, exactly=around is None and sizes is AS_GIVEN), around
@@ -160,11 +161,11 @@ class Recording:
 
     def takes(self, found: Given) -> bool:
         """Whether such a call may be played."""
-        return self._sizes.takes(self.kind, found)
+        return self.sizes.takes(self.kind, found)
 
     def may_begin(self, found: Given) -> bool:
         """Whether no backward is to come for a call of another size."""
-        return self._sizes.holds(found) or not self._recorder.is_waiting
+        return self.sizes.holds(found) or not self._recorder.is_read(self.sizes)
 
     def play(self, found: Given, call: Callable, tries: bool = False) -> Any:
         """The output of the module for such a call, which does `call` itself in a trial.
@@ -183,13 +184,13 @@ class Recording:
             token: lives until backward is over, or cannot come.
             call: for a trial, what the module does itself; its outputs are what is used then.
         """
-        self._sizes.begin(found)
-        self._sizes.fill([each.detach() for each in self._inputs], found.tensors)
+        self.sizes.begin(found)
+        self.sizes.fill([each.detach() for each in self._inputs], found.tensors)
         self._forward()
         self.num_played += 1
         self._turn, self._pending, self.is_alone = self.num_played, weakref.ref(token), call is None
         self._recorder.played_forward(self)
-        outputs = [each for each in self._sizes.cut(self._outputs) if each is not None]
+        outputs = [each for each in self.sizes.cut(self._outputs) if each is not None]
         if call is None:
             return Played(self.num_played, _owned(outputs), None)
         inputs = copies_to_differentiate(found.tensors, self._inputs)  # which it may change
@@ -218,14 +219,12 @@ class Recording:
             )
         self._recorder.plays_backward(self)  # as earlier layers will
         wanted = [one for one, wants in zip(gradients, self.wants, strict=True) if wants]
-        self._sizes.fill(self._gradients, wanted)
+        self.sizes.fill(self._gradients, wanted)
         if self._around is not None or not self.trial.problem:
             self._backward()
         found = self._found_later()
         lent = [one if one is other else None for one, other in zip(self._found, found, strict=True)]
-        found, lent = (
-            [*self._sizes.cut(each[: self._num_inputs]), *each[self._num_inputs :]] for each in (found, lent)
-        )
+        found, lent = ([*self.sizes.cut(each[: self._num_inputs]), *each[self._num_inputs :]] for each in (found, lent))
         if own is None:
             found = _owned_where_any(lent, found)
         else:

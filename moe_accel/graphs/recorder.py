@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moe_accel import garbage
 from moe_accel.experts.later import Product
-from moe_accel.graphs.sizes import Capacity, Extent
+from moe_accel.graphs.calls import Given
+from moe_accel.graphs.sizes import AsGiven, Capacity, Extent
 from moe_accel.graphs.trial import Round
 
 
@@ -97,13 +98,20 @@ class Recorder:
     @property
     def is_waiting(self) -> bool:
         """Whether a backward of what was played may come."""
-        return any(each is not None and each.is_pending for each in (each() for each in self._waiting))
+        return bool(self._pending())
+
+    def is_read(self, sizes: AsGiven) -> bool:
+        """Whether a backward may come that reads how large its call was from these."""
+        return any(each.sizes is sizes for each in self._pending())
+
+    def _pending(self) -> list[Any]:
+        waiting = (each() for each in self._waiting)
+        return [each for each in waiting if each is not None and each.is_pending]
 
     @property
     def may_record(self) -> bool:
         """Whether all forwards that wait for their backward are trials, which see what recording spoils."""
-        waiting = [each for each in (each() for each in self._waiting) if each is not None and each.is_pending]
-        return not any(each.is_alone for each in waiting)
+        return not any(each.is_alone for each in self._pending())
 
     def let_go(self) -> None:
         """Of graphs that nobody has any more, all at once, unless a backward may still play one of them."""
@@ -138,11 +146,12 @@ class Recorder:
             self._gradients[key] = torch.empty_like(like, memory_format=torch.contiguous_format)
         return self._gradients[key]
 
-    def capacity(self, most: Extent) -> Capacity:
-        """Room for so much, the same for all that is recorded."""
-        if most not in self._capacities:
-            self._capacities[most] = Capacity(most, self.device_type)
-        return self._capacities[most]
+    def capacity(self, most: Extent, found: Given, kind: type[Capacity] = Capacity) -> Capacity:
+        """Room for so much, to record a call in: the same for all, but where a backward is to come of another call."""
+        known = self._capacities.get(most)
+        if known is None or (self.is_read(known) and not known.holds(found)):
+            known = self._capacities[most] = kind(most, self.device_type)
+        return known
 
     def mark(self) -> Any:
         """An event of what is recorded, here: whenever that is played, what is beside it may wait for this point."""
@@ -182,6 +191,7 @@ class Recorder:
             self._stream_beside = self._stream_beside or torch.cuda.Stream()
             self._recorded_era = self.era
             self._graphs.clear()
+            self._gradients.clear()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):

@@ -41,11 +41,18 @@ class Extent(NamedTuple):
         tokens: of all sequences.
         sequences: in one row, where attention is among the tokens of each; else 0.
         longest: tokens of the longest of these.
+        fewest: tokens of a call that may be so large, at least.
     """
 
     tokens: int = 0
     sequences: int = 0
     longest: int = 0
+    fewest: int = 0
+
+    def has_room_for(self, other: "Extent") -> bool:
+        """Whether a call may be as large as another."""
+        pairs = zip(self[:3], other[:3], strict=True)
+        return self.fewest <= other.tokens and all(most >= one for most, one in pairs)
 
 
 class AsGiven:
@@ -94,7 +101,7 @@ class Capacity(AsGiven):
     def __init__(self, most: Extent, device_type: str):
         self.most = most
         self.behind = torch.zeros(most.tokens, 1, dtype=torch.bool, device=device_type)
-        self._slots = Slots(*most, device_type) if most.sequences else None
+        self._slots = Slots(*most[:3], device_type) if most.sequences else None
         self._lead, self._rows = torch.Size((1, most.tokens)), None
 
     def kind_of(self, found: Given) -> Any:
@@ -112,8 +119,7 @@ class Capacity(AsGiven):
 
     def takes(self, kind: Any, found: Given) -> bool:
         """See `AsGiven.takes`."""
-        fits = all(one <= most for one, most in zip(extent_of(found), self.most, strict=True))
-        return fits and super().takes(kind, found)
+        return self.most.has_room_for(extent_of(found)) and super().takes(kind, found)
 
     def holds(self, found: Given) -> bool:
         """See `AsGiven.holds`."""
@@ -165,6 +171,14 @@ class Capacity(AsGiven):
         return tensor if len(tensor) == self.most.tokens else tensor[0]
 
 
+class OneRow(Capacity):
+    """The same for attention, to which rows may not be put one after the other; of packed ones there is one."""
+
+    def kind_of(self, found: Given) -> Any:
+        """See `AsGiven.kind_of`; None where there are several rows, too."""
+        return by_token_of_one_row(found)
+
+
 AS_GIVEN = AsGiven()
 
 
@@ -179,44 +193,67 @@ class Seen:
     def __init__(self) -> None:
         self.calls, self.most = 0, Extent()
         self._fewest = self._missed = 0
+        # Of calls with always as many tokens, one after the other: how many, and the most of each in them.
+        self._constant, self._most_of_constant = 0, Extent()
 
-    def note(self, is_alike: bool, is_within: bool, extents: Sequence[Extent]) -> bool:
-        """One more, of `extents`, on all ranks that must agree; whether it is one of those.
+    def forget(self) -> None:
+        """All of it."""
+        self.__init__()
+
+    def note(self, extents: Sequence[Extent], limit: int, constant: bool = False) -> bool:
+        """One more, of `extents`, on all ranks that must agree; whether it is one of those that there may be room for.
 
         Args:
-            is_alike: as the one before, but for its tokens.
-            is_within: whether there may be room for so many tokens.
             extents: on each rank.
+            limit: of tokens.
+            constant: whether there may be more, if they are always as many.
         """
-        if not is_alike:
-            self.calls, self.most, self._fewest, self._missed = 0, Extent(), 0, 0
-        elif is_within:
-            tokens = [each.tokens for each in extents]
-            self._fewest = min(tokens) if self.calls == 0 else min(self._fewest, *tokens)
-            self.calls, self.most = self.calls + 1, Extent(*map(max, self.most, *extents))
-        return is_alike and is_within
+        most, fewest = Extent(*map(max, *extents, Extent())), min(each.tokens for each in extents)
+        goes_on = fewest == most.tokens == self._most_of_constant.tokens
+        self._constant = self._constant + 1 if goes_on else int(fewest == most.tokens)
+        self._most_of_constant = Extent(*map(max, most, self._most_of_constant)) if goes_on else most
+        is_above = most.tokens > limit
+        if fewest < 1 or (is_above and not (constant and self._constant > RAGGED)):
+            return False
+        if is_above:
+            self.calls, self.most, self._fewest = self._constant, self._most_of_constant, fewest
+            return True
+        if self.most.tokens > limit:
+            self.calls, self.most = 0, Extent()
+        self._fewest = min(fewest, self._fewest) if self.calls else fewest
+        self.calls, self.most = self.calls + 1, Extent(*map(max, self.most, most))
+        return True
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the last one had as many tokens as the one before."""
+        return self._constant > 1
 
     @property
     def are_enough(self) -> bool:
         """Whether that is enough to choose a capacity."""
-        return self.calls > RAGGED and (self._fewest == self.most.tokens or self.most.tokens <= MOST_TOKENS)
+        return self.calls > RAGGED
 
     @property
     def capacity(self) -> Extent:
-        """For all that was seen, and more and longer sequences, which cost next to nothing where they do not come."""
-        tokens, sequences, longest = self.most
-        if tokens != self._fewest:
+        """For all that was seen, and more and longer sequences, which cost next to nothing where they do not come.
+
+        Where there were always as many tokens, it is for so many alone: nobody has tried it with fewer.
+        """
+        tokens, sequences, longest, _ = self.most
+        fewest = tokens if tokens == self._fewest else 0
+        if not fewest:
             tokens = min(_whole_steps(tokens), max(tokens, MOST_TOKENS))
-        return Extent(tokens, 2 * sequences, min(_whole_steps(longest + longest // 4), tokens))
+        return Extent(tokens, 2 * sequences, min(_whole_steps(longest + longest // 4), tokens), fewest)
 
     def misses(self) -> bool:
         """What is recorded has no room for this one: whether that is so too often."""
         self._missed += ONE_IN
         return self._missed > ONE_IN * TOO_MANY
 
-    def fits(self) -> None:
-        """It has room."""
-        self._missed = max(0, self._missed - 1)
+    def fits(self, as_much: bool = False) -> None:
+        """It has room; `as_much`: which it would not have in a capacity, so that it counts as much as another miss."""
+        self._missed = max(0, self._missed - (ONE_IN if as_much else 1))
 
     def begin_again(self) -> None:
         """What was recorded is not any more."""
@@ -244,8 +281,8 @@ def by_token(found: Given) -> Any:
     return without_sizes(structure), of_tensors, *rest
 
 
-def by_token_in_one_row(found: Given) -> Any:
-    """The same for attention, for which rows are not one after the other; of packed ones there is one."""
+def by_token_of_one_row(found: Given) -> Any:
+    """The same; None where there are several rows, too."""
     return by_token(found) if found.tensors and len(found.tensors[0]) == 1 else None
 
 

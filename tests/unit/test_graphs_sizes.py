@@ -1,5 +1,7 @@
 """Room for more tokens than a call has: what is put there, what is taken, and which calls fit."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from moe_accel.graphs.sizes import (
     TOO_MANY,
     Capacity,
     Extent,
+    OneRow,
     Seen,
     by_token,
     extent_of,
@@ -19,6 +22,7 @@ from moe_accel.graphs.sizes import (
 )
 from moe_accel.padding.attention import Packed
 from moe_accel.padding.rows import Rows, Slots
+from tests.pretended_graphs import Pretended
 
 
 def called(*shapes, **kwargs):
@@ -123,6 +127,19 @@ def test_packed_sequences_fit_that_are_no_more_and_no_longer():
     assert not sizes.takes(kind, called((1, 7, 3)))
 
 
+def test_several_rows_fit_where_each_token_is_computed_by_itself_and_not_in_attention():
+    one, several = called((1, 6, 3)), called((2, 3, 3))
+    kind = by_token(one)
+    assert room().takes(kind, several)
+    assert not OneRow(Extent(STEP), "cpu").takes(kind, several)
+    assert OneRow(Extent(STEP), "cpu").takes(kind, one)
+
+
+def test_packed_sequences_are_found_wherever_they_are():
+    found = given("cpu", (torch.ones(1, 7, 3), [(Packed(rows_of(3, 4), None), 1)]), {})
+    assert extent_of(found) == Extent(7, 2, 4)
+
+
 def test_recorded_calls_read_where_sequences_begin_from_one_place():
     sizes, first = Capacity(Extent(2 * STEP, 2, STEP), "cpu"), packed(3, 4, window=2)
     inputs, (args, _) = sizes.room_for(first)
@@ -136,11 +153,10 @@ def test_recorded_calls_read_where_sequences_begin_from_one_place():
     assert args[1].rows.lengths[0] == 9
 
 
-def noted(*sizes, is_within=True):
+def noted(*sizes, limit=MOST_TOKENS, **how):
     seen = Seen()
-    seen.note(False, is_within, [Extent(1)])
     for each in sizes:
-        seen.note(True, is_within, each)
+        seen.note(each, limit, **how)
     return seen
 
 
@@ -149,19 +165,30 @@ def test_a_capacity_is_for_the_most_of_all_that_were_seen_and_for_more_and_longe
     assert seen.are_enough
     assert seen.capacity == Extent(2 * STEP, 8, STEP)
     assert not noted(*[[Extent(5)]] * RAGGED).are_enough
-    seen.note(False, True, [Extent(5)])
+    seen.forget()
     assert not seen.calls
     assert seen.most == Extent()
 
 
-def test_there_is_no_room_for_more_tokens_than_they_always_are():
-    assert noted(*[[Extent(77, 1, 77)]] * (RAGGED + 1)).capacity == Extent(77, 2, 77)
+def test_there_is_room_for_no_other_number_of_tokens_than_there_always_are():
+    assert noted(*[[Extent(77, 1, 77)]] * (RAGGED + 1)).capacity == Extent(77, 2, 77, 77)
     assert noted(*[[Extent(MOST_TOKENS - at)] for at in range(20)]).capacity == Extent(MOST_TOKENS)
-    always_more = noted(*[[Extent(MOST_TOKENS + 5)]] * (RAGGED + 1))
+    assert Extent(77, 2, 77, 77).has_room_for(Extent(77, 1, 50))
+    assert not Extent(77, 2, 77, 77).has_room_for(Extent(76, 1, 50))
+
+
+def test_more_tokens_than_the_limit_may_be_constant_or_are_left_out():
+    more, fewer = [Extent(MOST_TOKENS + 5, 3, 9)], [Extent(MOST_TOKENS - 5)]
+    always_more = noted(*[more] * RAGGED, [Extent(MOST_TOKENS + 5, 2, 500)], constant=True)
     assert always_more.are_enough
-    assert always_more.capacity == Extent(MOST_TOKENS + 5)
-    assert not noted(*[[Extent(MOST_TOKENS + 5 + at % 2)] for at in range(20)]).are_enough
-    assert not noted(*[[Extent(9)]] * 20, is_within=False).calls
+    assert always_more.capacity == Extent(MOST_TOKENS + 5, 6, 5 * STEP, MOST_TOKENS + 5)
+    assert not noted(*[more] * 50).calls
+    assert noted(*[more] * 5, fewer, *[more] * RAGGED, constant=True).most == Extent(MOST_TOKENS - 5)
+    assert noted(*[more] * 5, fewer, *[more] * RAGGED, more, constant=True).capacity.fewest == MOST_TOKENS + 5
+    assert noted(*[more] * 50, fewer, constant=True).calls == 1
+    assert noted(*[fewer, more] * 20, constant=True).most == Extent(MOST_TOKENS - 5)
+    assert not noted(*[[Extent(0)]] * 20, constant=True).calls
+    assert not noted(*[[Extent(-1), Extent(5)]] * 20).calls
 
 
 def test_one_in_so_many_may_be_too_large():
@@ -170,6 +197,9 @@ def test_one_in_so_many_may_be_too_large():
         assert not seen.misses()
         for _ in range(ONE_IN):
             seen.fits()
+    for _ in range(50):
+        assert not seen.misses()
+        seen.fits(as_much=True)
     assert [seen.misses() for _ in range(TOO_MANY + 1)] == [False] * TOO_MANY + [True]
 
 
@@ -181,3 +211,27 @@ def test_an_extent_is_of_tokens_and_of_sequences():
 
 def test_more_ranks_have_fewer_tokens_each():
     assert [most_alike(ranks) for ranks in (2, 4, 8)] == [8192, 8192, 4096]
+
+
+class Reading:
+    """A recording whose backward may come."""
+
+    is_pending = True
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+
+def test_what_a_backward_will_read_is_not_told_of_another_call():
+    recorder, short, long = Pretended(), called((1, 5, 3)), called((1, 6, 3))
+    sizes = recorder.capacity(Extent(STEP), short)
+    sizes.begin(short)
+    reading = Reading(sizes)
+    recorder._waiting.append(weakref.ref(reading))
+    assert recorder.is_read(sizes)
+    assert recorder.capacity(Extent(STEP), short) is sizes
+    other = recorder.capacity(Extent(STEP), long)
+    assert other is not sizes
+    assert not recorder.is_read(other)
+    reading.is_pending = False
+    assert recorder.capacity(Extent(STEP), short) is other
