@@ -169,7 +169,7 @@ class Agreement:
         are_enough = is_ragged and self._seen.are_enough
         if not (are_alike or are_enough) or not all(each.may_record for each in ranks):
             return Decision.COMPUTE
-        self._capacity = None if are_alike else self._seen.capacity
+        self._capacity = None if are_alike else self._seen.capacity()
         return Decision.RECORD
 
     def _note(self, ranks: Sequence[State]) -> bool:

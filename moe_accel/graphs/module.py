@@ -120,7 +120,8 @@ class Graphs:
         if self.calls > (OTHER_CALLS if self.recorder.varies else CALLS):
             self._record(module, own, found, AS_GIVEN)
         elif is_ragged and self.seen.are_enough:
-            self._record(module, own, found, self.recorder.capacity(self.seen.capacity, found, OneRow))
+            # More than was seen: of several ranks one without room lets all others wait, and attention takes little.
+            self._record(module, own, found, self.recorder.capacity(self.seen.capacity(eighths=1), found, OneRow))
         elif self.calls == 1 and not (is_ragged or self.seen.is_constant):
             self._pass_by(module, "calls of which no three are alike")
         return self.recording is not None

@@ -21,7 +21,7 @@ RAGGED = 10
 """Calls with other numbers of tokens, one after the other, from the most of which a capacity is chosen."""
 AGAIN = 2
 """Of these, for which there are as many calls where something was recorded before."""
-ONE_IN, TOO_MANY = 50, 10
+ONE_IN, TOO_MANY = 200, 5
 """Calls with more tokens than there is room for: one in so many may be; after so many more, more room is made."""
 MOST_TOKENS = 4096
 """Of a rank, where their number changes: what is recorded computes those that are only room for more, too."""
@@ -234,16 +234,16 @@ class Seen:
         """Whether that is enough to choose a capacity."""
         return self.calls > RAGGED
 
-    @property
-    def capacity(self) -> Extent:
-        """For all that was seen, and more and longer sequences, which cost next to nothing where they do not come.
+    def capacity(self, eighths: int = 0) -> Extent:
+        """For all that was seen, `eighths` of tokens more, and more and longer sequences, which cost next to nothing
+        where they do not come.
 
         Where there were always as many tokens, it is for so many alone: nobody has tried it with fewer.
         """
         tokens, sequences, longest, _ = self.most
         fewest = tokens if tokens == self._fewest else 0
         if not fewest:
-            tokens = min(_whole_steps(tokens), max(tokens, MOST_TOKENS))
+            tokens = min(_whole_steps(tokens + tokens * eighths // 8), max(tokens, MOST_TOKENS))
         return Extent(tokens, 2 * sequences, min(_whole_steps(longest + longest // 4), tokens), fewest)
 
     def misses(self) -> bool:

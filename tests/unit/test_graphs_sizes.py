@@ -163,7 +163,8 @@ def noted(*sizes, limit=MOST_TOKENS, **how):
 def test_a_capacity_is_for_the_most_of_all_that_were_seen_and_for_more_and_longer_sequences():
     seen = noted(*[[Extent(50 + at, 3, 20), Extent(STEP + 2, 2 + at % 3, 10)] for at in range(RAGGED + 1)])
     assert seen.are_enough
-    assert seen.capacity == Extent(2 * STEP, 8, STEP)
+    assert seen.capacity() == Extent(2 * STEP, 8, STEP)
+    assert seen.capacity(eighths=8) == Extent(3 * STEP, 8, STEP)
     assert not noted(*[[Extent(5)]] * RAGGED).are_enough
     seen.forget()
     assert not seen.calls
@@ -171,8 +172,9 @@ def test_a_capacity_is_for_the_most_of_all_that_were_seen_and_for_more_and_longe
 
 
 def test_there_is_room_for_no_other_number_of_tokens_than_there_always_are():
-    assert noted(*[[Extent(77, 1, 77)]] * (RAGGED + 1)).capacity == Extent(77, 2, 77, 77)
-    assert noted(*[[Extent(MOST_TOKENS - at)] for at in range(20)]).capacity == Extent(MOST_TOKENS)
+    always = noted(*[[Extent(77, 1, 77)]] * (RAGGED + 1))
+    assert always.capacity() == always.capacity(eighths=1) == Extent(77, 2, 77, 77)
+    assert noted(*[[Extent(MOST_TOKENS - at)] for at in range(20)]).capacity() == Extent(MOST_TOKENS)
     assert Extent(77, 2, 77, 77).has_room_for(Extent(77, 1, 50))
     assert not Extent(77, 2, 77, 77).has_room_for(Extent(76, 1, 50))
 
@@ -181,10 +183,10 @@ def test_more_tokens_than_the_limit_may_be_constant_or_are_left_out():
     more, fewer = [Extent(MOST_TOKENS + 5, 3, 9)], [Extent(MOST_TOKENS - 5)]
     always_more = noted(*[more] * RAGGED, [Extent(MOST_TOKENS + 5, 2, 500)], constant=True)
     assert always_more.are_enough
-    assert always_more.capacity == Extent(MOST_TOKENS + 5, 6, 5 * STEP, MOST_TOKENS + 5)
+    assert always_more.capacity() == Extent(MOST_TOKENS + 5, 6, 5 * STEP, MOST_TOKENS + 5)
     assert not noted(*[more] * 50).calls
     assert noted(*[more] * 5, fewer, *[more] * RAGGED, constant=True).most == Extent(MOST_TOKENS - 5)
-    assert noted(*[more] * 5, fewer, *[more] * RAGGED, more, constant=True).capacity.fewest == MOST_TOKENS + 5
+    assert noted(*[more] * 5, fewer, *[more] * RAGGED, more, constant=True).capacity().fewest == MOST_TOKENS + 5
     assert noted(*[more] * 50, fewer, constant=True).calls == 1
     assert noted(*[fewer, more] * 20, constant=True).most == Extent(MOST_TOKENS - 5)
     assert not noted(*[[Extent(0)]] * 20, constant=True).calls
