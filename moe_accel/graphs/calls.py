@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moe_accel.graphs import captured
 from moe_accel.padding.attention import Packed
 from moe_accel.padding.rows import Slots
 from moe_accel.swap import HOOKS, is_bare
@@ -57,7 +58,8 @@ def given(device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gi
         device = torch.device(device_type, torch.cuda.current_device())
     if any(each.device != device for each in tensors):
         raise Unusual("tensors on another device")
-    return Given(tensors, (kind, autocast, stream, _how_to_compute()), autocast, stream, structure, masks)
+    kind = kind, autocast, stream, captured.is_asked_for(), _how_to_compute()
+    return Given(tensors, kind, autocast, stream, structure, masks)
 
 
 def _how_to_compute() -> tuple[Any, ...]:
@@ -188,7 +190,8 @@ class Watched:
 
 
 def _hooks(part: nn.Module) -> list[Any] | None:
-    """Hooks of this package, which do what they do while it is recorded; None where there are others, or a forward."""
+    """Hooks of this package, and those that take router logits, which do what they do while it is recorded; None where
+    there are others, or a forward."""
     if is_bare(part):
         return []
     hooks = [hook for held in HOOKS for hook in vars(part)[held].values()]
@@ -196,7 +199,9 @@ def _hooks(part: nn.Module) -> list[Any] | None:
 
 
 def _is_ours(hook: Any) -> bool:
-    return getattr(hook, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
+    return getattr(hook, "__module__", "").partition(".")[0] == __name__.partition(".")[0] or captured.is_of_router(
+        hook
+    )
 
 
 def _is_of_ep(tensor: Tensor) -> bool:

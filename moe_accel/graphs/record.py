@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from moe_accel.experts.later import Product, Products
 from moe_accel.experts.weights import local
+from moe_accel.graphs import captured
 from moe_accel.graphs.calls import Given, Unusual, Watched, kind_of, with_tensors
 from moe_accel.graphs.recorder import Recorder
 from moe_accel.graphs.sizes import AS_GIVEN, AsGiven, copies_to_differentiate, copy
@@ -99,8 +100,8 @@ class Recording:
         # Backward is recorded in a forward, and must not be under its autocast; forward sets its own.
         with recorder.beside(), torch.autocast(self._device_type, enabled=False):
             with recorder.refusing_to_wait():  # what is made at a first call is made here, not recorded
-                made, outputs = self._compute_recorded(call)
-            sizes.check(made)
+                (made, logits), outputs = self._compute_recorded(call)
+            sizes.check((made, logits))
             wanting = [each.detach() for each in outputs if each.requires_grad]
             self._gradients = [recorder.gradient(*each) for each in enumerate(wanting)]
             self._differentiate_recorded(outputs)
@@ -125,16 +126,16 @@ class Recording:
             return self._compute(call, self._given)
 
     def _compute(self, call: Callable, given: tuple[Any, Any]) -> tuple[Any, list[Tensor]]:
-        """What `call` makes of arguments and named ones, and the tensors in it."""
+        """What `call` makes of arguments and named ones with router logits that are taken, and the tensors in both."""
         args, named = given
         on, dtype = self._autocast
         outputs: list[Tensor] = []
         # Casts are recorded, not remembered: autocast's cache is of another moment.
         autocast = torch.autocast(self._device_type, dtype, enabled=on, cache_enabled=False)
-        with self.watched.replaced(self._aliases), torch.enable_grad(), autocast:
+        with self.watched.replaced(self._aliases), torch.enable_grad(), autocast, captured.apart() as logits:
             made = call(*args, **dict(named))
-        kind_of(made, outputs)
-        return made, outputs
+        kind_of((made, logits), outputs)
+        return (made, logits), outputs
 
     def _differentiate_recorded(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
         self._left.clear()
@@ -174,7 +175,9 @@ class Recording:
         """
         is_tried = tries if self._around is not None else self.trial.is_due  # what is played together is tried so
         outputs: Any = _Play.apply(self, call if is_tried else None, found, *found.tensors, *map(local, self._trained))
-        return with_tensors(self._made, iter(outputs))
+        made, logits = with_tensors(self._made, iter(outputs))
+        captured.hand_on(logits)
+        return made
 
     def forward(self, found: Given, token: _Token, call: Callable | None) -> Played:
         """Play it.

@@ -9,7 +9,20 @@ from torch import distributed as dist
 
 from moe_accel import expert_load, track_expert_load
 from moe_accel.graphs import CALLS, sizes
-from tests.dist.block_graphs import FAMILIES, GRAPHS, PLAIN, PLAYED, TRIED, WITHOUT, both, prepared, seen, step_of
+from tests.dist.block_graphs import BEGUN as ALIKE
+from tests.dist.block_graphs import (
+    FAMILIES,
+    GRAPHS,
+    PLAIN,
+    PLAYED,
+    TRIED,
+    WITHOUT,
+    both,
+    prepared,
+    seen,
+    step_of,
+    trained,
+)
 from tests.dist.parity import UPDATE_TOLERANCE
 from tests.dist.ranks import run_ranks, with_moe_config
 from tests.families import tiny_inputs, tiny_loss
@@ -132,3 +145,41 @@ def test_tokens_of_a_step_that_was_left_out_are_not_behind_those_of_the_next():
     for each in run_ranks(spoiled, 2, GRAPHS, number_of_step=len(BEGUN) + 1):
         assert each["finite"]
         assert each["decided"] == [*BEGUN, *[PLAYED] * 5]
+
+
+AUX = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "qwen2_moe"])
+def test_router_logits_are_handed_on_with_their_gradients(family):
+    ours = both(7, family=family, **AUX)
+    assert ours[0]["decided"] == [*ALIKE, *[PLAYED] * 3]
+    assert ours[0]["losses"] != pytest.approx(run_ranks(trained, 2, GRAPHS, family=family, steps=7)[0]["losses"])
+    ours = both(len(BEGUN) + 3, family=family, rows=ragged, **AUX)
+    assert ours[0]["decided"] == [*BEGUN, *[PLAYED] * 3]
+
+
+def asked_for_now_and_then():
+    """Losses of steps in some of which router logits are asked for, and how many layers' there were in each."""
+    with seen() as found:
+        model, optimizer = prepared(router_aux_loss_coef=0.5)
+        losses, layers = [], []
+        for number in range(16):
+            inputs = tiny_inputs("qwen3_moe", 2, LENGTH, 10 * number + dist.get_rank())
+            outputs = model(**inputs, output_router_logits=number not in (6, 8))
+            outputs.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(outputs.loss.item())
+            layers.append([tuple(each.shape) for each in outputs.router_logits or ()])
+    dist.destroy_process_group()
+    return {"losses": losses, "layers": layers, **found}
+
+
+def test_forwards_that_router_logits_are_not_asked_of_are_computed_as_ever():
+    ours, theirs = (run_ranks(asked_for_now_and_then, 2, launch) for launch in (GRAPHS, WITHOUT))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=UPDATE_TOLERANCE)
+        assert one["layers"] == other["layers"]
+        assert one["layers"][5] == [(18, 8)] * 2
+        assert one["decided"] == [*ALIKE, PLAYED, PLAYED, PLAIN, PLAYED, PLAIN, *[PLAYED] * 7]
