@@ -1,7 +1,7 @@
 """Forward and backward of a module as two CUDA graphs, and autograd around them."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ class Played(NamedTuple):
     Attributes:
         turn: how many were before it, and it.
         outputs: the caller's own.
-        own: in a trial, the module's own outputs, with what autograd knows of them, and the inputs that they are of.
+        own: in a trial, the module's own outputs, with what autograd knows of them, and the leaves they come from.
     """
 
     turn: int
@@ -92,8 +92,7 @@ class Recording:
         self._left = Products(recorder.mark)  # by the backward that is recorded
         self._autocast, self._device_type = found.autocast, recorder.device_type
         self._inputs, self._given = sizes.room_for(found)
-        # The same memory under other names: autograd ties what accumulates a gradient to the stream of its first use.
-        self._aliases = {each: nn.Parameter(local(each).detach()) for each in self._trained}
+        self._aliases = self._aliased()
         self._leaves = [*self._inputs, *self._aliases.values()]
         self._sources = [each for each in self._leaves if each.requires_grad]
         self._num_inputs = sum(each.requires_grad for each in self._inputs)  # among those
@@ -123,16 +122,23 @@ class Recording:
 
     def _compute_recorded(self, call: Callable) -> tuple[Any, list[Tensor]]:
         with nullcontext() if self._around is None else self._around(self._left):
-            return self._compute(call, self._given)
+            return self._compute(call, self._given, self._aliases)
 
-    def _compute(self, call: Callable, given: tuple[Any, Any]) -> tuple[Any, list[Tensor]]:
+    def _aliased(self) -> dict[Tensor, nn.Parameter]:
+        """Parameters, and the same memory under other names: autograd ties what accumulates a gradient to the stream of
+        its first use, which for what is recorded is another one."""
+        return {each: nn.Parameter(local(each).detach()) for each in self._trained}
+
+    def _compute(
+        self, call: Callable, given: tuple[Any, Any], aliases: Mapping[Tensor, Tensor]
+    ) -> tuple[Any, list[Tensor]]:
         """What `call` makes of arguments and named ones with router logits that are taken, and the tensors in both."""
         args, named = given
         on, dtype = self._autocast
         outputs: list[Tensor] = []
         # Casts are recorded, not remembered: autocast's cache is of another moment.
         autocast = torch.autocast(self._device_type, dtype, enabled=on, cache_enabled=False)
-        with self.watched.replaced(self._aliases), torch.enable_grad(), autocast, captured.apart() as logits:
+        with self.watched.replaced(aliases), torch.enable_grad(), autocast, captured.apart() as logits:
             made = call(*args, **dict(named))
         kind_of((made, logits), outputs)
         return (made, logits), outputs
@@ -197,9 +203,11 @@ class Recording:
         if call is None:
             return Played(self.num_played, _owned(outputs), None)
         inputs = copies_to_differentiate(found.tensors, self._inputs)  # which it may change
-        _, own = self._compute(call, with_tensors(found.structure, iter(inputs)))
+        aliases = self._aliased()
+        _, own = self._compute(call, with_tensors(found.structure, iter(inputs)), aliases)
         self.trial.compare_outputs(outputs, own)
-        return Played(self.num_played, _owned(own), (own, inputs))
+        sources = [each for each in (*inputs, *aliases.values()) if each.requires_grad]
+        return Played(self.num_played, _owned(own), (own, sources))
 
     def backward(
         self, turn: int, gradients: Sequence[Tensor], own: tuple[list[Tensor], list[Tensor]] | None
@@ -231,9 +239,7 @@ class Recording:
         if own is None:
             found = _owned_where_any(lent, found)
         else:
-            outputs, inputs = own
-            sources = [*(each for each in inputs if each.requires_grad), *self._sources[self._num_inputs :]]
-            played, found = found, _owned_where_any(_differentiate(outputs, sources, wanted))
+            played, found = found, _owned_where_any(_differentiate(*own, wanted))
             if not self.trial.problem:
                 self.trial.compare_gradients(played, found, wanted)
         of_sources = iter(found)
