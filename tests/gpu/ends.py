@@ -68,7 +68,8 @@ def be_rank(way: str, device: str) -> None:
 
     config = MoEConfig(ep_size=int(os.environ["WORLD_SIZE"]), dispatcher="alltoall", cuda_graphs=True)
     accelerator = Accelerator(parallelism_config=config)
-    model = build_tiny("qwen3_moe", torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = build_tiny("qwen3_moe", dtype, output_router_logits=True)  # which come out of what is played
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-2))
     for step in range(STEPS):
         inputs = tiny_inputs("qwen3_moe", 2, 32, 10 * step + dist.get_rank())
