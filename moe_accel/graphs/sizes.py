@@ -146,12 +146,11 @@ class Capacity(AsGiven):
             raise Unusual("an output that is not one of each token")
 
     def fill(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """[B,T,...] to [1,C,...], or [N,...] to [C,...], zeros behind."""
-        for target, source in zip(targets, sources, strict=True):
-            rows, count = self._as_rows(target), self._lead.numel()
-            rows[:count].view_as(source).copy_(source)
-            if count < self.most.tokens:
-                rows[count:].zero_()
+        """[B,T,...] to [1,C,...], or [N,...] to [C,...], zeros behind: two kernels for each dtype."""
+        count, rows = self._lead.numel(), list(map(self._as_rows, targets))
+        copy([each[:count].view_as(source) for each, source in zip(rows, sources, strict=True)], sources)
+        if rows and count < self.most.tokens:
+            torch._foreach_zero_([each[count:] for each in rows])  # pyright: ignore[reportPrivateImportUsage]
 
     def cut(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """[1,C,...] to [B,T,...], and [C,...] to [N,...]: views."""
