@@ -26,7 +26,6 @@ from moe_accel.graphs.agreement import Agreement, Decision
 from moe_accel.graphs.calls import Given, Unusual, Watched, given
 from moe_accel.graphs.module import RECORDINGS, Graphs, check_surroundings
 from moe_accel.graphs.record import Recording
-from moe_accel.graphs.sizes import Capacity
 from moe_accel.ranks import before_groups_end, gather
 
 MOST_RANKS = 8
@@ -191,9 +190,7 @@ class BlockGraphs(Graphs):
         """Record this call, as all ranks do: each computes it once more with them, before."""
         self.recorded += 1
         sizes = self.agreement.sizes_for(found)
-        around = (
-            partial(experts.known_sizes, behind=sizes.behind) if isinstance(sizes, Capacity) else experts.known_sizes
-        )
+        around = partial(experts.known_sizes, behind=sizes.behind)
         try:
             self.recording = Recording(self.recorder, Watched(module), own, found, around, sizes)
         except torch.OutOfMemoryError as error:  # of this rank: the others would wait for it

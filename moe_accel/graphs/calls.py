@@ -50,7 +50,8 @@ def given(device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gi
         raise Unusual("a mask")
     tensors: list[Tensor] = []
     structure = args, tuple(kwargs.items())
-    kind, masks = kind_of(structure, tensors), list(_packed_in(structure))
+    masks: list[Packed] = []
+    kind = kind_of(structure, tensors, masks)
     autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     stream, device = None, torch.device(device_type)
     if device_type == "cuda":
@@ -69,8 +70,8 @@ def _how_to_compute() -> tuple[Any, ...]:
     return *attention, cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
 
 
-def kind_of(value: Any, tensors: list[Tensor]) -> Any:
-    """All of a structure but its tensors, which are put into the list.
+def kind_of(value: Any, tensors: list[Tensor], masks: list[Packed]) -> Any:
+    """All of a structure but its tensors, which are put into the list, and masks of packed sequences into the other.
 
     Raises:
         Unusual: something in it is neither a tensor nor plain.
@@ -79,21 +80,13 @@ def kind_of(value: Any, tensors: list[Tensor]) -> Any:
         tensors.append(value)
         return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
     if type(value) in (tuple, list):
-        return type(value), *(kind_of(each, tensors) for each in value)
+        return type(value), *(kind_of(each, tensors, masks) for each in value)
     if isinstance(value, PLAIN):
         return type(value), value
     if isinstance(value, Packed):  # of the same lengths: the same
+        masks.append(value)
         return Packed, tuple(value.rows.lengths), value.window
     raise Unusual(type(value).__name__)
-
-
-def _packed_in(value: Any) -> Iterator[Packed]:
-    """The masks of packed sequences in a structure."""
-    if isinstance(value, Packed):
-        yield value
-    elif type(value) in (tuple, list):
-        for each in value:
-            yield from _packed_in(each)
 
 
 def without_sizes(kind: Any) -> Any:

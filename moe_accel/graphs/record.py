@@ -81,9 +81,9 @@ class Recording:
                 tensors are not of such sizes.
             RuntimeError: it does what a graph cannot.
         """
-        if sizes.kind_of(found) is None:
-            raise Unusual("tensors that are not of each token")
         self.kind, self.watched, self.sizes = sizes.kind_of(found), watched, sizes
+        if self.kind is None:
+            raise Unusual("tensors that are not of each token")
         self.num_played, self._turn, self.is_alone = 0, None, False
         self.number, self.era, self._recorder = recorder.number(), recorder.era, recorder
         self.trial, self._around = Trial(recorder.round, exactly=around is None and sizes is AS_GIVEN), around
@@ -140,7 +140,7 @@ class Recording:
         autocast = torch.autocast(self._device_type, dtype, enabled=on, cache_enabled=False)
         with self.watched.replaced(aliases), torch.enable_grad(), autocast, captured.apart() as logits:
             made = call(*args, **dict(named))
-        kind_of((made, logits), outputs)
+        kind_of((made, logits), outputs, [])
         return (made, logits), outputs
 
     def _differentiate_recorded(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -202,7 +202,7 @@ class Recording:
         outputs = [each for each in self.sizes.cut(self._outputs) if each is not None]
         if call is None:
             return Played(self.num_played, _owned(outputs), None)
-        inputs = copies_to_differentiate(found.tensors, self._inputs)  # which it may change
+        inputs = copies_to_differentiate(found.tensors)  # which it may change
         aliases = self._aliased()
         _, own = self._compute(call, with_tensors(found.structure, iter(inputs)), aliases)
         self.trial.compare_outputs(outputs, own)
@@ -234,12 +234,13 @@ class Recording:
         if self._around is not None or not self.trial.problem:
             self._backward()
         found = self._found_later()
-        lent = [one if one is other else None for one, other in zip(self._found, found, strict=True)]
-        found, lent = ([*self.sizes.cut(each[: self._num_inputs]), *each[self._num_inputs :]] for each in (found, lent))
+        lent = [one is not None and one is other for one, other in zip(self._found, found, strict=True)]
+        found = [*self.sizes.cut(found[: self._num_inputs]), *found[self._num_inputs :]]
         if own is None:
-            found = _owned_where_any(lent, found)
+            found = _owned_where(lent, found)
         else:
-            played, found = found, _owned_where_any(_differentiate(*own, wanted))
+            played, found = found, _differentiate(*own, wanted)
+            found = _owned_where([each is not None for each in found], found)
             if not self.trial.problem:
                 self.trial.compare_gradients(played, found, wanted)
         of_sources = iter(found)
@@ -276,8 +277,7 @@ def _owned(tensors: Sequence[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _owned_where_any(tensors: Sequence[Tensor | None], others: Sequence[Tensor | None] = ()) -> list[Tensor | None]:
-    """Copies of those that are there; for those that are not, what is among the others."""
-    copies = iter(_owned([each for each in tensors if each is not None]))
-    others = others or [None] * len(tensors)
-    return [other if each is None else next(copies) for each, other in zip(tensors, others, strict=True)]
+def _owned_where(lent: Sequence[bool], tensors: Sequence[Any]) -> list[Tensor | None]:
+    """Copies of those that are `lent`, and the others as they are."""
+    copies = iter(_owned([each for each, is_lent in zip(tensors, lent, strict=True) if is_lent]))
+    return [next(copies) if is_lent else each for each, is_lent in zip(tensors, lent, strict=True)]

@@ -95,16 +95,12 @@ class Recorder:
             self._waiting.pop()
         return True
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether a backward of what was played may come."""
-        return bool(self._pending())
-
     def is_read(self, sizes: AsGiven) -> bool:
         """Whether a backward may come that reads how large its call was from these."""
         return any(each.sizes is sizes for each in self._pending())
 
     def _pending(self) -> list[Any]:
+        """What was played whose backward may come."""
         waiting = (each() for each in self._waiting)
         return [each for each in waiting if each is not None and each.is_pending]
 
@@ -115,7 +111,7 @@ class Recorder:
 
     def let_go(self) -> None:
         """Of graphs that nobody has any more, all at once, unless a backward may still play one of them."""
-        if not self.is_waiting:
+        if not self._pending():
             self._graphs.clear()
             self._gradients.clear()
 

@@ -9,7 +9,7 @@ Sizes: [B,T] tokens of a call, N of them, C the capacity.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,13 @@ class Extent(NamedTuple):
 
 
 class AsGiven:
-    """Sizes of one kind of call."""
+    """Sizes of one kind of call.
+
+    Attributes:
+        behind: see `Capacity`; None: no token is only room for more.
+    """
+
+    behind: Tensor | None = None
 
     def kind_of(self, found: Given) -> Any:
         """What calls have in common that may be played."""
@@ -64,7 +70,7 @@ class AsGiven:
 
     def room_for(self, found: Given) -> tuple[list[Tensor], Any]:
         """Copies of a call's tensors, to record with, and the call with these in their places."""
-        inputs = copies_to_differentiate(found.tensors, found.tensors)
+        inputs = copies_to_differentiate(found.tensors)
         return inputs, with_tensors(found.structure, iter(inputs))
 
     def takes(self, kind: Any, found: Given) -> bool:
@@ -128,10 +134,10 @@ class Capacity(AsGiven):
     def begin(self, found: Given) -> None:
         """See `AsGiven.begin`: the device is told where it is another call than before."""
         before, self._lead = self._lead.numel(), found.tensors[0].shape[:2]
-        count = self._lead.numel()
+        count, behind = self._lead.numel(), cast(Tensor, self.behind)
         if count != before:
-            self.behind[:count] = False
-            self.behind[count:] = True
+            behind[:count] = False
+            behind[count:] = True
         rows, held = _rows_of(found), self._rows
         if self._slots is not None and rows is not None and rows is not held:
             self._slots.hold(rows)
@@ -250,6 +256,11 @@ class Seen:
         self._missed += ONE_IN
         return self._missed > ONE_IN * TOO_MANY
 
+    @property
+    def has_missed(self) -> bool:
+        """Whether there is something that `fits` makes good."""
+        return self._missed > 0
+
     def fits(self, as_much: bool = False) -> None:
         """It has room; `as_much`: which it would not have in a capacity, so that it counts as much as another miss."""
         self._missed = max(0, self._missed - (ONE_IN if as_much else 1))
@@ -308,6 +319,6 @@ def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         )
 
 
-def copies_to_differentiate(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Leaves with the values of `tensors`, that want gradients as those of `like` do."""
-    return [each.detach().clone().requires_grad_(one.requires_grad) for each, one in zip(tensors, like, strict=True)]
+def copies_to_differentiate(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves with the values of these, that want gradients as they do."""
+    return [each.detach().clone().requires_grad_(each.requires_grad) for each in tensors]
